@@ -1,0 +1,34 @@
+"""tokenmill: text corpora into training data for language models.
+
+Importing this loads nothing heavy; a name loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenmill.errors import TokenmillError as TokenmillError
+    from tokenmill.order import buffer_order as buffer_order
+    from tokenmill.pipeline import Summary as Summary
+    from tokenmill.pipeline import pretokenize as pretokenize
+    from tokenmill.recipe import Recipe as Recipe
+    from tokenmill.recipe import load_recipe as load_recipe
+
+_HOMES = {
+    "Recipe": "recipe",
+    "Summary": "pipeline",
+    "TokenmillError": "errors",
+    "buffer_order": "order",
+    "load_recipe": "recipe",
+    "pretokenize": "pipeline",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokenmill' has no attribute {name!r}")
+    return getattr(import_module(f"tokenmill.{_HOMES[name]}"), name)

@@ -1,0 +1,172 @@
+"""Manifest: what a data root holds, how it was made, and the digests that prove it.
+
+`manifest.json` is replaced atomically, last, after every shard. Its records are what a resumed run
+trusts; `docs/format.md` describes the fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from tokenmill import layout, storage
+from tokenmill.errors import DataRootError
+from tokenmill.recipe import Recipe
+
+VERSION = 1
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """Where a shard begins in the output order."""
+
+    position: int = 0
+    """Rows that the order emits before the row the shard begins in."""
+    offset: int = 0
+    """Tokens of that row which the shard before holds."""
+
+
+class Count(msgspec.Struct, array_like=True):
+    """Rows of one source file that the order emitted; written as `[file, documents, null, empty, special]`."""
+
+    file: int
+    """Index into `Manifest.files`."""
+    documents: int = 0
+    null: int = 0
+    empty: int = 0
+    special: int = 0
+    """Documents (among those counted) that hold a control-token string."""
+
+    @property
+    def rows(self) -> int:
+        return self.documents + self.null + self.empty
+
+    def add(self, other: Count) -> None:
+        self.documents += other.documents
+        self.null += other.null
+        self.empty += other.empty
+        self.special += other.special
+
+
+class ShardRecord(msgspec.Struct):
+    """A finished shard."""
+
+    index: int
+    tokens: int
+    sha256: str
+    """Of the whole file, header included."""
+    documents: int
+    """That start in the shard."""
+    documents_sha256: str
+    """Of the documents sidecar."""
+    next_cursor: Cursor
+    """Where the next shard begins."""
+    mtime_ns: int
+    """Of the file when it was finished: a file with another time is hashed before it is trusted."""
+    ledger: list[Count]
+    """Rows of documents that start in the shard, and the rows without text before them, by source file."""
+
+
+class TokenizerRecord(msgspec.Struct):
+    name: str
+    revision: str | None
+    sha256: str
+    vocab_size: int
+    eos_id: int
+    probe: dict[str, list[int]]
+
+
+class FileRecord(msgspec.Struct):
+    """A source file; `rows` once it was reached."""
+
+    path: str
+    nbytes: int
+    rows: int | None = None
+
+
+class FileLedger(msgspec.Struct):
+    """What became of the rows of one source file."""
+
+    path: str
+    rows: int
+    documents: int
+    null: int
+    empty: int
+    special: int
+    unused: int
+    """Rows behind the end of the stream (`total_tokens`)."""
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """All of `manifest.json`."""
+
+    version: int = VERSION
+    complete: bool = False
+    recipe: Recipe
+    """With `dtype` and `eos_token` resolved."""
+    fingerprint: str
+    tokenizer: TokenizerRecord
+    software: dict[str, str]
+    """Versions that made the last shards."""
+    files: list[FileRecord]
+    """In path order."""
+    shards: list[ShardRecord] = []
+    tokens: int = 0
+    documents: int = 0
+    tail: list[Count] = []
+    """Rows without text behind the last document."""
+    ledger: list[FileLedger] = []
+    """Set when the data set is complete."""
+
+    def add(self, record: ShardRecord) -> None:
+        """Enter a finished shard."""
+        self.shards = sorted([*self.shards, record], key=lambda shard: shard.index)
+        self.tokens = sum(shard.tokens for shard in self.shards)
+        self.documents = sum(shard.documents for shard in self.shards)
+
+    def shard(self, index: int) -> ShardRecord | None:
+        return next((shard for shard in self.shards if shard.index == index), None)
+
+    def cursor(self, index: int) -> Cursor:
+        """Where shard `index` begins in the output order; the shard before it must be finished."""
+        before = self.shard(index - 1)
+        return before.next_cursor if before else Cursor()
+
+    def position(self, index: int) -> int:
+        """Token of the stream at which shard `index` begins; the shard before it must be finished."""
+        before = self.shard(index - 1)
+        return before.index * self.recipe.shard_size + before.tokens if before else 0
+
+
+def load(root: Path) -> Manifest | None:
+    """The manifest of a data root; None if it has none.
+
+    Raises:
+        DataRootError: it cannot be read or is not ours.
+    """
+    path = root / layout.MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataRootError(f"{path}: cannot be read: {error.strerror}", next_step="check the permissions") from None
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise DataRootError(
+            f"{path}: not a tokenmill manifest: {error}",
+            next_step="restore it, or choose another directory",
+        ) from None
+    if manifest.version != VERSION:
+        raise DataRootError(
+            f"{path}: expected manifest version {VERSION}, found {manifest.version}",
+            next_step="use the tokenmill version that made it, or choose another directory",
+        )
+    return manifest
+
+
+def save(root: Path, manifest: Manifest) -> None:
+    """Replace the manifest atomically."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    storage.write_whole(root / layout.MANIFEST, data + b"\n")

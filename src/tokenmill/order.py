@@ -1,0 +1,134 @@
+"""Order, stage 2: row counts → the permutation from source rows to documents. Pure NumPy.
+
+`buffer` is the shuffle HF `datasets` made before 5.0 for
+`load_dataset(..., streaming=True).shuffle(seed, buffer_size)`: the list of files is shuffled, then
+rows pass through a reservoir of `buffer_size` slots. It depends on row counts alone, so it runs
+ahead of the text and in blocks: within a block, the row a draw emits is the one the previous draw
+of the same slot put there, which a sort by (slot, position) finds without a Python loop.
+
+Rows are numbered in reading order over all files, from 0.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+
+_DRAWS = 1000
+"""Slots are drawn this many at a time; a rest not used is dropped before the last shuffle."""
+
+
+def file_order(files: int, *, kind: str, seed: int) -> NDArray[np.int64]:
+    """The sequence in which files (sorted by path) are read, shape `(files,)`."""
+    order = np.arange(files, dtype=np.int64)
+    if kind == "buffer":
+        np.random.default_rng(seed).shuffle(order)
+    return order
+
+
+class RowOrder(Protocol):
+    """Rows in, in reading order; rows out, in output order."""
+
+    def push(self, rows: int) -> Rows:
+        """Take the next `rows` rows; the rows that are emitted meanwhile."""
+        ...
+
+    def finish(self) -> Rows:
+        """The rows still held, after the last one was pushed."""
+        ...
+
+    def held(self) -> Rows:
+        """The rows pushed but not emitted, in no particular order."""
+        ...
+
+
+class SequentialOrder:
+    """Every row as it comes."""
+
+    def __init__(self) -> None:
+        self._pushed = 0
+
+    def push(self, rows: int) -> Rows:
+        self._pushed += rows
+        return np.arange(self._pushed - rows, self._pushed, dtype=np.int64)
+
+    def finish(self) -> Rows:
+        return np.empty(0, np.int64)
+
+    def held(self) -> Rows:
+        return np.empty(0, np.int64)
+
+
+class BufferOrder:
+    """The reservoir shuffle, as a stream. Memory: `buffer_size` int64 plus a block."""
+
+    def __init__(self, buffer_size: int, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._slots = np.empty(buffer_size, np.int64)
+        self._filled = 0
+        self._pushed = 0
+        self._draws: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def push(self, rows: int) -> Rows:
+        fill = min(rows, len(self._slots) - self._filled)
+        incoming = np.arange(self._pushed, self._pushed + rows, dtype=np.int64)
+        self._slots[self._filled : self._filled + fill] = incoming[:fill]
+        self._filled += fill
+        self._pushed += rows
+        return self._exchange(incoming[fill:])
+
+    def finish(self) -> Rows:
+        rest = self.held()
+        self._rng.shuffle(rest)
+        self._filled = 0
+        return rest
+
+    def held(self) -> Rows:
+        return self._slots[: self._filled].copy()
+
+    def _exchange(self, incoming: Rows) -> Rows:
+        """Put each incoming row into its drawn slot; what each displaced."""
+        count = len(incoming)
+        if count == 0:
+            return incoming
+        position_bits = int(count).bit_length()
+        # One sort of slot·2^k + position is a stable sort by slot, and faster than argsort.
+        keys = (self._take_draws(count) << position_bits) | np.arange(count, dtype=np.int64)
+        keys.sort()
+        slot = keys >> position_bits
+        position = keys & ((1 << position_bits) - 1)
+        first = np.empty(count, np.bool_)
+        first[0] = True
+        np.not_equal(slot[1:], slot[:-1], out=first[1:])
+        displaced = np.empty(count, np.int64)
+        displaced[1:] = incoming[position[:-1]]
+        displaced[first] = self._slots[slot[first]]
+        last = np.append(first[1:], True)
+        self._slots[slot[last]] = incoming[position[last]]
+        emitted = np.empty(count, np.int64)
+        emitted[position] = displaced
+        return emitted
+
+    def _take_draws(self, count: int) -> NDArray[np.int64]:
+        missing = count - len(self._draws)
+        if missing > 0:
+            size = -(-missing // _DRAWS) * _DRAWS
+            fresh = self._rng.integers(0, len(self._slots), size=size)
+            self._draws = np.concatenate([self._draws, fresh])
+        taken, self._draws = self._draws[:count], self._draws[count:]
+        return taken
+
+
+def row_order(kind: str, *, seed: int, buffer_size: int) -> RowOrder:
+    """The order a recipe names."""
+    return BufferOrder(buffer_size, seed) if kind == "buffer" else SequentialOrder()
+
+
+def buffer_order(rows: int, *, buffer_size: int, seed: int) -> Rows:
+    """The whole reservoir shuffle of `rows` rows at once, shape `(rows,)`."""
+    order = BufferOrder(buffer_size, seed)
+    return np.concatenate([order.push(rows), order.finish()])

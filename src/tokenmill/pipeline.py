@@ -1,0 +1,613 @@
+"""Pipeline: the only module that wires the stages together. A driver thread, encode tasks, a writer.
+
+The driver keeps a bounded number of spans in flight, feeds their row counts to the order and their
+lengths to the window, and hands parts of shards to one writer thread. Only the writer touches files
+of the data root and the manifest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from tokenmill import layout, manifest as manifests, storage
+from tokenmill.encode import EncodedSpan, Encoder
+from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
+from tokenmill.errors import DataRootError, LedgerError, SourceChanged, SourceError, TokenizerError
+from tokenmill.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, TokenizerRecord
+from tokenmill.order import Rows, file_order, row_order
+from tokenmill.pack import Block, Part, Window, cut
+from tokenmill.preflight import Preflight, check_disk, preflight
+from tokenmill.recipe import Recipe
+from tokenmill.resume import drop_damaged, missing_ranges
+from tokenmill.shard import ShardWriter, tally
+from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
+from tokenmill.tokenizer import load_tokenizer
+
+log = logging.getLogger("tokenmill")
+
+_BLOCK_ROWS = 2_048
+"""Rows handed to the writer at once: bounds its memory when the shuffle's buffer is emptied."""
+_WRITER_QUEUE = 8
+"""Parts that may wait for the writer."""
+
+
+class Progress(NamedTuple):
+    """Where a run is, for whoever shows it."""
+
+    tokens: int
+    """Of the data set, earlier runs included."""
+    documents: int
+    shard: int
+    """The one being written."""
+    window_nbytes: int
+    """Encoded tokens that wait for their turn in the order."""
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """What a run did."""
+
+    root: str
+    status: str
+    """`complete`, `already complete`."""
+    tokens: int
+    documents: int
+    shards: int
+    dtype: str
+    new_tokens: int
+    """Made by this run."""
+    seconds: float
+    tokens_per_second: float
+    rows: int
+    skipped_null: int
+    skipped_empty: int
+    special_documents: int
+    """Documents that hold a control-token string."""
+    audited_documents: int
+    engine: str
+    remade: list[str]
+    """Files of an earlier run that were missing or not what the manifest says."""
+
+
+class Prepared(NamedTuple):
+    """A recipe with its corpus found and its tokenizer loaded."""
+
+    recipe: Recipe
+    """`dtype` and `eos_token` resolved."""
+    corpus: Corpus
+    encoder: Encoder
+
+
+class Workload(NamedTuple):
+    """How a run goes about it; changes no byte."""
+
+    workers: int
+    span_rows: int | None
+
+
+Show = Callable[[Progress], None]
+
+
+def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | None = None) -> Prepared:
+    """Find the corpus, load the tokenizer, resolve what the recipe leaves open.
+
+    Raises:
+        SourceError, TokenizerError, AuditError: as those stages say.
+    """
+    corpus = find_corpus(recipe.dataset, recipe.text_column)
+    tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
+    dtype = layout.smallest_dtype(tokenizer.vocab_size) if recipe.dtype == "auto" else recipe.dtype
+    encoder = Encoder(tokenizer, engine=engine_tokenizer, special_in_text=recipe.special_in_text, dtype=dtype)
+    resolved = msgspec.structs.replace(recipe, dtype=dtype, eos_token=tokenizer.eos_token)
+    return Prepared(resolved, corpus, encoder)
+
+
+def plan(recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto") -> tuple[Prepared, Preflight]:
+    """What `pretokenize` would do, without doing it."""
+    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer)
+    return prepared, preflight(*prepared, root, workers=workers or available_cores())
+
+
+def pretokenize(
+    recipe: Recipe,
+    root: Path | str,
+    *,
+    workers: int | None = None,
+    span_rows: int | None = None,
+    engine_tokenizer: str = "auto",
+    show: Show = lambda progress: None,
+    begin: Callable[[Preflight], None] = lambda plan: None,
+) -> Summary:
+    """Make, or go on making, the data set of `recipe` in `root`.
+
+    Args:
+        recipe: what defines the bytes.
+        root: the data root; made if it does not exist.
+        workers: encode threads; None takes every core.
+        span_rows: rows per span; None lets their text decide.
+        engine_tokenizer: `auto`, `gigatoken` or `hf`.
+        show: called from the driver's thread as parts are handed to the writer.
+        begin: called once with the preflight, before anything is made.
+
+    Raises:
+        TokenmillError: one of `errors.py`; finished shards stay and the same call goes on from them.
+    """
+    started = time.monotonic()
+    root = Path(root)
+    storage.make_root(root)
+    workload = Workload(workers or available_cores(), span_rows)
+    with storage.held(root):
+        manifest = manifests.load(root)
+        revision = manifest.tokenizer.revision if manifest else None
+        prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=revision)
+        if manifest is None:
+            _refuse_foreign(root)
+            manifest = _new_manifest(prepared)
+        else:
+            _refuse_other(root, manifest, prepared)
+        storage.remove_partials(root)
+        remade = drop_damaged(root, manifest)
+        if manifest.complete and not remade:
+            return _summary(root, manifest, prepared, "already complete", manifest.tokens, started)
+        manifest.complete = False
+        done = manifest.tokens
+        figures = preflight(*prepared, root, workers=workload.workers, done_tokens=done)
+        check_disk(figures, root)
+        begin(figures)
+        manifest.software = _software(prepared.encoder)
+        manifests.save(root, manifest)
+        audited = _run(root, manifest, prepared, workload, show)
+        return _summary(root, manifest, prepared, "complete", done, started, audited=audited, remade=remade)
+
+
+def _summary(
+    root: Path,
+    manifest: Manifest,
+    prepared: Prepared,
+    status: str,
+    done_before: int,
+    started: float,
+    *,
+    audited: int = 0,
+    remade: Sequence[str] = (),
+) -> Summary:
+    seconds = time.monotonic() - started
+    new_tokens = manifest.tokens - done_before
+    return Summary(
+        root=str(root),
+        status=status,
+        tokens=manifest.tokens,
+        documents=manifest.documents,
+        shards=len(manifest.shards),
+        dtype=manifest.recipe.dtype,
+        new_tokens=new_tokens,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(new_tokens / seconds),
+        rows=sum(entry.rows - entry.unused for entry in manifest.ledger),
+        skipped_null=sum(entry.null for entry in manifest.ledger),
+        skipped_empty=sum(entry.empty for entry in manifest.ledger),
+        special_documents=sum(entry.special for entry in manifest.ledger),
+        audited_documents=audited,
+        engine=prepared.encoder.engine.version,
+        remade=list(remade),
+    )
+
+
+def _refuse_foreign(root: Path) -> None:
+    """A directory without a manifest must hold nothing we would write over."""
+    found = next((path for pattern in (layout.SHARD_GLOB, "documents_*.parquet") for path in root.glob(pattern)), None)
+    if found is not None:
+        raise DataRootError(
+            f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
+            next_step="choose another directory, or move those files away",
+        )
+
+
+def _new_manifest(prepared: Prepared) -> Manifest:
+    recipe, corpus, encoder = prepared
+    tokenizer = encoder.tokenizer
+    return Manifest(
+        recipe=recipe,
+        fingerprint=recipe.fingerprint,
+        tokenizer=TokenizerRecord(
+            tokenizer.name,
+            tokenizer.revision,
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+            tokenizer.eos_id,
+            encoder.probe,
+        ),
+        software=_software(encoder),
+        files=[FileRecord(file.path, file.nbytes) for file in corpus.files],
+    )
+
+
+def _software(encoder: Encoder) -> dict[str, str]:
+    names = ("tokenmill", "numpy", "pyarrow", "tokenizers")
+    return {name: version(name) for name in names} | {"engine": encoder.engine.version}
+
+
+def _refuse_other(root: Path, manifest: Manifest, prepared: Prepared) -> None:
+    """The data root must have been begun with the same recipe, tokenizer and corpus."""
+    recipe, corpus, encoder = prepared
+    choose = "choose another directory, or run with the recipe of this one (see its manifest.json)"
+    difference = manifest.recipe.difference(recipe)
+    if difference is not None:
+        raise DataRootError(f"{root}: made by another recipe: {difference}", next_step=choose)
+    expected, found = manifest.tokenizer.sha256, encoder.tokenizer.sha256
+    if expected != found:
+        raise DataRootError(
+            f"{root}: made with another tokenizer: tokenizer.json sha256 {expected} there, {found} here",
+            next_step=choose,
+        )
+    if manifest.tokenizer.probe != encoder.probe:
+        raise TokenizerError(
+            f"{root}: {encoder.engine.version} no longer gives the ids it gave when this data root was begun "
+            f"(with {manifest.software.get('engine')})",
+            next_step="install the versions named under software in manifest.json, then run again",
+        )
+    _refuse_changed_source(manifest, corpus)
+
+
+def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
+    sizes = {file.path: file.nbytes for file in corpus.files}
+    recorded = {file.path: file.nbytes for file in manifest.files}
+    for path in sorted(sizes.keys() | recorded.keys()):
+        expected, found = recorded.get(path), sizes.get(path)
+        if expected != found:
+            described = [f"{nbytes} bytes" if nbytes is not None else "no such file" for nbytes in (expected, found)]
+            raise SourceChanged(
+                f"{corpus.root / path}: the source changed since this data root was begun: "
+                f"expected {described[0]}, found {described[1]}",
+                next_step="restore the file, or start in another directory",
+            )
+
+
+def _complete(root: Path, manifest: Manifest) -> None:
+    """Balance the ledger, per file; then the data set is complete.
+
+    Raises:
+        LedgerError: rows are missing or counted twice.
+        SourceError: no row had text.
+    """
+    if not manifest.shards:
+        rows = sum(file.rows or 0 for file in manifest.files)
+        raise SourceError(
+            f"{root}: the corpus has {rows} rows and none has text", next_step="name the text column with --text-column"
+        )
+    totals = [Count(index) for index in range(len(manifest.files))]
+    for count in itertools.chain(*(shard.ledger for shard in manifest.shards), manifest.tail):
+        totals[count.file].add(count)
+    manifest.ledger = [
+        FileLedger(
+            path=file.path,
+            rows=file.rows or 0,
+            documents=count.documents,
+            null=count.null,
+            empty=count.empty,
+            special=count.special,
+            unused=(file.rows or 0) - count.rows,
+        )
+        for file, count in zip(manifest.files, totals, strict=True)
+    ]
+    end = manifest.shards[-1].next_cursor
+    emitted = end.position + (end.offset > 0) + sum(count.rows for count in manifest.tail)
+    stopped = manifest.tokens == manifest.recipe.total_tokens
+    for entry in manifest.ledger:
+        if entry.unused < 0 or (entry.unused > 0 and not stopped):
+            raise LedgerError(
+                f"{root}: {entry.path}: {entry.rows} rows read, but {entry.documents} documents + {entry.null} null "
+                f"+ {entry.empty} empty = {entry.rows - entry.unused}",
+                next_step="report this with manifest.json; do not train on this data root",
+            )
+    counted = sum(entry.rows - entry.unused for entry in manifest.ledger)
+    if counted != emitted or sum(entry.documents for entry in manifest.ledger) != manifest.documents:
+        raise LedgerError(
+            f"{root}: {emitted} rows emitted and {manifest.documents} documents recorded, but the ledger has "
+            f"{counted} rows and {sum(entry.documents for entry in manifest.ledger)} documents",
+            next_step="report this with manifest.json; do not train on this data root",
+        )
+    manifest.complete = True
+    manifests.save(root, manifest)
+
+
+def _run(root: Path, manifest: Manifest, prepared: Prepared, workload: Workload, show: Show) -> int:
+    """Make every shard the manifest does not prove; documents audited."""
+    engine = ThreadEngine(workload.workers)
+    writer = _Writer(root, manifest, prepared)
+    audited = 0
+    try:
+        for first, end in missing_ranges(manifest):
+            driver = _Driver(manifest, prepared, workload.span_rows, engine, writer, show)
+            driver.run(first, end)
+            audited += driver.audited
+        writer.drain()
+    except BaseException:
+        engine.shutdown()
+        writer.abandon()
+        raise
+    engine.shutdown()
+    writer.close()
+    _complete(root, manifest)
+    return audited
+
+
+class _Reading(NamedTuple):
+    """A span on its way through the run."""
+
+    first_row: int
+    """In reading order over all files."""
+    file: int
+    span: Span
+
+
+class _Driver:
+    """Makes shards `first` to `end` (None: to the end of the stream)."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        prepared: Prepared,
+        span_rows: int | None,
+        engine: TaskEngine,
+        writer: _Writer,
+        show: Show,
+    ) -> None:
+        recipe, self._corpus, self._encoder = prepared
+        self._manifest = manifest
+        self._recipe = recipe
+        self._span_rows = span_rows
+        self._engine = engine
+        self._writer = writer
+        self._show = show
+        self._order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
+        self._window = Window()
+        self._open: dict[int, ParquetFile] = {}
+        self._position = 0
+        """Token of the stream at which the next row starts."""
+        self._emitted = 0
+        """Rows emitted before it."""
+        self._stop: int | None = None
+        self._first = 0
+        self.audited = 0
+
+    def run(self, first: int, end: int | None) -> None:
+        size = self._recipe.shard_size
+        self._stop = min(filter(None, (self._recipe.total_tokens, end and end * size)), default=None)
+        self._first = first
+        cursor = self._manifest.cursor(first)
+        self._position = self._manifest.position(first) - cursor.offset
+        self._emitted = cursor.position
+        self._writer.begin()
+        readings = self._readings()
+        rest, again = self._replay(readings, cursor)
+        encoded = self._encoded(self._work(again, readings))
+        for reading, pending, span in itertools.islice(encoded, len(again)):
+            self._hold(reading, pending, span)
+        self._emit(rest)
+        for reading, pending, span in encoded:
+            self._hold(reading, pending, span)
+            self._emit(self._order.push(reading.span.rows))
+            if self._at_stop():
+                return
+        self._emit(self._order.finish())
+        if not self._at_stop():
+            self._writer.end_of_corpus(Cursor(self._emitted))
+
+    def _at_stop(self) -> bool:
+        return self._stop is not None and self._position >= self._stop
+
+    def _readings(self) -> Iterator[_Reading]:
+        """Every span of the corpus in reading order; files are opened as they are reached."""
+        first_row = 0
+        files = file_order(len(self._corpus.files), kind=self._recipe.order, seed=self._recipe.seed)
+        for index in files.tolist():
+            self._source = self._reach(index)
+            for span in self._source.spans():
+                yield _Reading(first_row, index, span)
+                first_row += span.rows
+
+    def _reach(self, index: int) -> ParquetFile:
+        """Open a file; its row count must be the one an earlier run found."""
+        file = self._corpus.open(index, span_rows=self._span_rows)
+        record = self._manifest.files[index]
+        if record.rows not in (None, file.rows):
+            raise SourceChanged(
+                f"{file.path}: the source changed since this data root was begun: expected {record.rows} rows, "
+                f"found {file.rows}",
+                next_step="restore the file, or start in another directory",
+            )
+        record.rows = file.rows
+        return file
+
+    def _replay(self, readings: Iterator[_Reading], cursor: Cursor) -> tuple[Rows, list[tuple[_Reading, int]]]:
+        """Run the order, without text, up to `cursor`.
+
+        Returns the rows from the cursor on that are emitted already, and the spans that hold those
+        and the rows still in the order, each with how many of its rows that is.
+        """
+        passed: list[_Reading] = []
+        rest: Rows = np.empty(0, np.int64)
+        emitted = 0
+        while emitted <= cursor.position and cursor != Cursor():
+            reading = next(readings, None)
+            rows = self._order.finish() if reading is None else self._order.push(reading.span.rows)
+            emitted += len(rows)
+            rest = rows[max(0, len(rows) - (emitted - cursor.position)) :]
+            if reading is None:
+                break
+            passed.append(reading)
+        if not passed:
+            return rest, []
+        starts = np.array([reading.first_row for reading in passed], np.int64)
+        held = np.concatenate([rest, self._order.held()])
+        pending = np.bincount(np.searchsorted(starts, held, side="right") - 1, minlength=len(passed))
+        done = {reading.span for reading in passed if reading.file == passed[-1].file}
+        self._source.keep_only([span for span in self._source.spans() if span not in done])
+        return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]]
+
+    def _work(
+        self, again: list[tuple[_Reading, int]], readings: Iterator[_Reading]
+    ) -> Iterator[tuple[_Reading, int, ParquetFile]]:
+        """What to encode, in reading order: a span, how many of its rows will be emitted, and its file."""
+        for index, group in itertools.groupby(again, key=lambda work: work[0].file):
+            needed = list(group)
+            source = self._corpus.open(index, span_rows=self._span_rows)
+            source.keep_only([reading.span for reading, _ in needed])
+            for reading, pending in needed:
+                yield reading, pending, source
+        for reading in readings:
+            yield reading, reading.span.rows, self._source
+
+    def _encoded(
+        self, work: Iterator[tuple[_Reading, int, ParquetFile]]
+    ) -> Iterator[tuple[_Reading, int, EncodedSpan]]:
+        """Encode ahead, a bounded number of spans, and yield them in reading order."""
+        in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
+        for reading, pending, source in work:
+            future = self._engine.submit(_encode_span, source, reading.span, self._encoder)
+            in_flight.append((reading, pending, future))
+            if len(in_flight) > 2 * self._engine.workers:
+                first, first_pending, first_future = in_flight.popleft()
+                yield first, first_pending, first_future.result()
+        for reading, pending, future in in_flight:
+            yield reading, pending, future.result()
+
+    def _hold(self, reading: _Reading, pending: int, encoded: EncodedSpan) -> None:
+        self._window.add(reading.first_row, reading.file, reading.span.first_row, encoded, pending=pending)
+        self.audited += encoded.audited
+
+    def _emit(self, rows: Rows) -> None:
+        """Hand rows to the writer in blocks, cut into parts."""
+        for at in range(0, len(rows), _BLOCK_ROWS):
+            if self._at_stop():
+                return
+            block = self._window.take(rows[at : at + _BLOCK_ROWS])
+            token, row = self._position, 0
+            for part in cut(token, block.length, shard_size=self._recipe.shard_size, stop=self._stop):
+                row = part.end
+                next_cursor = Cursor(self._emitted + part.end - (part.cut_at > 0), part.cut_at)
+                if part.shard >= self._first:
+                    self._writer.append(block, part, token, next_cursor)
+                token += part.tokens
+            self._position += block.tokens
+            self._emitted += len(block)
+            if not self._at_stop():
+                self._writer.append_idle(block.rows(row, len(block)))
+            self._show(
+                Progress(
+                    self._writer.tokens, self._writer.documents, token // self._recipe.shard_size, self._window.nbytes
+                )
+            )
+
+
+def _encode_span(source: ParquetFile, span: Span, encoder: Encoder) -> EncodedSpan:
+    return encoder.encode(source.read(span), where=str(source.path), first_row=span.first_row)
+
+
+class _Writer:
+    """Writes shards, in order, on a thread of its own, and the manifest after each.
+
+    Errors of that thread reach the driver at its next call.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, prepared: Prepared) -> None:
+        self._root = root
+        self._manifest = manifest
+        self._recipe = prepared.recipe
+        self._dtype = prepared.encoder.dtype
+        self._paths = pa.array([file.path for file in manifest.files], pa.string())
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._waiting: deque[Future[None]] = deque()
+        self._shard: ShardWriter | None = None
+        self._idle: list[Count] = []
+        self.tokens = manifest.tokens
+        """Of the data set, handed over so far; likewise `documents`."""
+        self.documents = manifest.documents
+
+    def begin(self) -> None:
+        """Start a run of consecutive shards."""
+        self._submit(self._begin)
+
+    def append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
+        """Write a part whose first token is at `position` and whose end is `next_cursor`."""
+        self._submit(self._append, block, part, position, next_cursor)
+        self.tokens += part.tokens
+        self.documents += int(np.count_nonzero(block.length[part.first_start : part.end]))
+
+    def append_idle(self, rows: Block) -> None:
+        """Enter rows without text into the ledger of the shard that the next token goes to."""
+        if len(rows):
+            self._submit(self._append_idle, rows)
+
+    def end_of_corpus(self, cursor: Cursor) -> None:
+        """Finish the last shard, short as it may be."""
+        self._submit(self._end, cursor)
+
+    def drain(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def abandon(self) -> None:
+        """Drop what waits and remove the shard in the making."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._shard is not None:
+            self._shard.discard()
+
+    def _submit(self, task: Callable[..., None], *args: object) -> None:
+        self._waiting.append(self._pool.submit(task, *args))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > _WRITER_QUEUE):
+            self._waiting.popleft().result()
+
+    def _begin(self) -> None:
+        self._idle = []
+
+    def _append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
+        if self._shard is None:
+            self._shard = self._open(part.shard)
+        self._shard.append(block, part, position)
+        if self._shard.is_full:
+            self._finish(next_cursor)
+
+    def _open(self, index: int) -> ShardWriter:
+        size, total = self._recipe.shard_size, self._recipe.total_tokens
+        tokens = size if total is None else min(size, total - index * size)
+        shard = ShardWriter(self._root, index, tokens=tokens, dtype=self._dtype, paths=self._paths)
+        shard.count(self._idle)
+        self._idle = []
+        return shard
+
+    def _append_idle(self, rows: Block) -> None:
+        counts = tally(rows)
+        if self._shard is None:
+            self._idle.extend(counts)
+        else:
+            self._shard.count(counts)
+
+    def _finish(self, next_cursor: Cursor) -> None:
+        assert self._shard is not None
+        record = self._shard.finish(next_cursor)
+        self._shard = None
+        self._manifest.add(record)
+        manifests.save(self._root, self._manifest)
+        log.info("%s: %d tokens, %d documents, sha256 %s", layout.shard_name(record.index), record.tokens, record.documents, record.sha256)
+
+    def _end(self, cursor: Cursor) -> None:
+        if self._shard is not None:
+            self._finish(cursor)
+        self._manifest.tail = self._idle

@@ -1,0 +1,139 @@
+"""Preflight: what a run will read, make and need, estimated from footers and a small sample.
+
+Decides nothing about bytes; `pretokenize` refuses early when the disk cannot hold the result.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.encode import Encoder
+from tokenmill.errors import SourceError, StorageError
+from tokenmill.recipe import Recipe
+from tokenmill.source import SPAN_TEXT_NBYTES, Corpus, ParquetFile
+
+_FOOTERS = 64
+_SAMPLES = 4
+_SAMPLE_ROWS = 64
+_SIDECAR_NBYTES_PER_DOCUMENT = 16
+_BASE_MEMORY_NBYTES = 400 << 20
+"""Interpreter, libraries and two tokenizers, measured."""
+
+
+class Preflight(msgspec.Struct, frozen=True):
+    """A plan's figures. Those named `estimated_*` come from a sample."""
+
+    files: int
+    source_nbytes: int
+    rows: int
+    rows_exact: bool
+    """Whether every footer was read; else `rows` is extrapolated."""
+    estimated_corpus_tokens: int
+    tokens: int
+    """To be written: the corpus, or `total_tokens` if that is less."""
+    shards: int
+    dtype: str
+    disk_needed_nbytes: int
+    """Beyond what finished shards of an earlier run already take."""
+    disk_free_nbytes: int
+    estimated_memory_nbytes: int
+    estimated_seconds: float
+
+
+def preflight(
+    recipe: Recipe, corpus: Corpus, encoder: Encoder, root: Path, *, workers: int, done_tokens: int = 0
+) -> Preflight:
+    """Read some footers, encode a few rows, look at the disk.
+
+    Raises:
+        SourceError: the corpus has no rows, or a file is not usable.
+    """
+    sizes = [file.nbytes for file in corpus.files]
+    probed = _spread(len(sizes), _FOOTERS)
+    opened = [corpus.open(index, span_rows=_SAMPLE_ROWS) for index in probed]
+    scale = sum(sizes) / max(1, sum(sizes[index] for index in probed))
+    rows = round(sum(file.rows for file in opened) * scale)
+    text_nbytes = sum(file.text_nbytes for file in opened) * scale
+    if rows == 0:
+        raise SourceError(
+            f"{corpus.root}: {len(sizes)} files with no rows at all",
+            next_step="give the directory of a corpus that has text",
+        )
+    tokens_per_nbyte, tokens_per_second = _sample(corpus, opened, encoder)
+    corpus_tokens = round(text_nbytes * tokens_per_nbyte) + rows
+    tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
+    itemsize = encoder.dtype.itemsize
+    share = tokens / max(1, corpus_tokens)
+    disk = (tokens - done_tokens) * itemsize + round(rows * share) * _SIDECAR_NBYTES_PER_DOCUMENT
+    return Preflight(
+        files=len(sizes),
+        source_nbytes=sum(sizes),
+        rows=rows,
+        rows_exact=len(probed) == len(sizes),
+        estimated_corpus_tokens=corpus_tokens,
+        tokens=tokens,
+        shards=-(-tokens // recipe.shard_size),
+        dtype=encoder.dtype.name,
+        disk_needed_nbytes=max(0, disk),
+        disk_free_nbytes=shutil.disk_usage(_existing(root)).free,
+        estimated_memory_nbytes=_memory(recipe, rows, corpus_tokens, text_nbytes, itemsize, workers),
+        estimated_seconds=max(0, tokens - done_tokens) / (tokens_per_second * workers),
+    )
+
+
+def check_disk(plan: Preflight, root: Path) -> None:
+    """Refuse what will not fit, with a tenth allowed for the estimate.
+
+    Raises:
+        StorageError: the data root's disk is too small.
+    """
+    if plan.disk_needed_nbytes * 0.9 > plan.disk_free_nbytes:
+        raise StorageError(
+            f"{root}: the disk cannot hold the result: about {plan.disk_needed_nbytes / 1e9:.2f} GB needed, "
+            f"{plan.disk_free_nbytes / 1e9:.2f} GB free",
+            next_step="make room, choose another directory, or take less with --total-tokens",
+        )
+
+
+def _sample(corpus: Corpus, opened: list[ParquetFile], encoder: Encoder) -> tuple[float, float]:
+    """Tokens per byte of text, and tokens per second of one thread."""
+    nbytes = tokens = 0
+    seconds = 0.0
+    filled = [file for file in opened if file.rows]
+    for index in _spread(len(filled), _SAMPLES):
+        file = filled[index]
+        text = file.read(file.spans()[0])
+        begin = time.perf_counter()
+        encoded = encoder.encode(text, where=str(file.path), first_row=0)
+        seconds += time.perf_counter() - begin
+        nbytes += encoded.text_nbytes
+        tokens += len(encoded.tokens)
+    return tokens / max(1, nbytes), tokens / max(1e-9, seconds) or 1.0
+
+
+def _memory(
+    recipe: Recipe, rows: int, tokens: int, text_nbytes: float, itemsize: int, workers: int
+) -> int:
+    """The window holds a span until its last row leaves the shuffle: about buffer x ln(rows per span) rows."""
+    span_rows = max(1.0, SPAN_TEXT_NBYTES / max(1.0, text_nbytes / rows))
+    held = min(rows, recipe.buffer_size * (1 + math.log(span_rows))) if recipe.order == "buffer" else 0
+    in_flight = (2 * workers + 2) * SPAN_TEXT_NBYTES * 4
+    return round(_BASE_MEMORY_NBYTES + held * tokens / rows * itemsize + in_flight)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices spread evenly over `count`."""
+    return sorted({i * count // min(count, wanted) for i in range(min(count, wanted))})
+
+
+def _existing(path: Path) -> Path:
+    """The nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,112 @@
+"""Recipe: everything that can change an output byte, and nothing else. Pure but for reading TOML.
+
+In: a built-in name or a TOML file, and overrides. Out: a frozen `Recipe`. What only changes speed
+(workers, span sizes, engines) is an argument of `pipeline.pretokenize` instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from tokenmill.errors import RecipeError
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+DEFAULT_SHARD_SIZE = 256 * 1024 * 1024
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What defines the bytes of a data set.
+
+    `dataset` and `tokenizer` say where to find them and are identified by content: the manifest
+    holds the files' sizes and the SHA-256 of `tokenizer.json`. All other fields are compared as
+    they are when a data root is resumed.
+    """
+
+    dataset: str | tuple[str, ...]
+    """A directory (searched recursively), a glob, a file, or a list of files."""
+    tokenizer: str
+    """A directory with `tokenizer.json`, such a file, or a hub name (`owner/name[@revision]`)."""
+    text_column: str = "text"
+    order: Literal["buffer", "sequential"] = "buffer"
+    """`buffer` is the pinned shuffle (see `order.py`); `sequential` keeps path and row order."""
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 42
+    buffer_size: Positive = 10_000
+    """Slots of the shuffle's reservoir, in rows."""
+    shard_size: Positive = DEFAULT_SHARD_SIZE
+    """Tokens per shard."""
+    total_tokens: Positive | None = None
+    """Stop after this many tokens, mid-document if need be; null takes the whole corpus."""
+    dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """Of a stored token; `auto` is the smallest that holds the vocabulary."""
+    special_in_text: Literal["parse", "text"] = "parse"
+    """What a control-token string such as `</s>` inside a document becomes: the control token, as
+    HF `tokenizers` does by default, or ordinary text."""
+    eos_token: str | None = None
+    """Appended, as an id, to every document; null takes the tokenizer's own."""
+    seq_len: Positive = 2048
+    """Tokens per training sample."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON."""
+        return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
+
+    def difference(self, other: Recipe) -> str | None:
+        """The first setting in which `other` would make other bytes, as `field: mine, theirs`."""
+        mine, theirs = self._settings(), other._settings()
+        for field, value in mine.items():
+            if value != theirs[field]:
+                return f"{field} = {value!r} there, {theirs[field]!r} here"
+        return None
+
+    def _settings(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        del fields["dataset"], fields["tokenizer"]
+        return fields
+
+
+def builtin_recipes() -> list[str]:
+    """The names `load_recipe` knows, sorted."""
+    folder = resources.files("tokenmill") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(source: str | None = None, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe named or stored at `source` (None: the defaults), with `overrides` laid over it.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown field, a wrong type, or a value missing.
+    """
+    fields = {} if source is None else _read_toml(source)
+    fields.update(overrides or {})
+    try:
+        return msgspec.convert(fields, Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(
+            f"recipe {source or '(defaults)'}: {error}",
+            next_step="set it in the recipe file or with the flag of the same name; see: tokenmill pretokenize --help",
+        ) from None
+
+
+def _read_toml(source: str) -> dict[str, object]:
+    if source in builtin_recipes():
+        text = (resources.files("tokenmill") / "recipes" / f"{source}.toml").read_text("utf-8")
+    elif Path(source).is_file():
+        text = Path(source).read_text("utf-8")
+    else:
+        raise RecipeError(
+            f"recipe {source}: neither a built-in recipe nor a file",
+            next_step=f"use one of {', '.join(builtin_recipes())}, or the path of a TOML file",
+        )
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {source}: not TOML: {error}", next_step="correct the file") from None

@@ -1,0 +1,300 @@
+"""Source, stage 1: corpus → files → spans → Arrow text. Today: local parquet files.
+
+A corpus is a list of files in path order. A file is cut into spans along its row groups; large
+row groups are streamed, so memory follows the span and not the row group. Spans never influence
+output bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenmill.errors import SourceError
+
+SUFFIX = ".parquet"
+
+SPAN_TEXT_NBYTES = 6 << 20
+"""Text per span: enough that gigatoken's per-call caches pay, little enough to stay in memory."""
+
+_MEND = "mend, replace or exclude the file, then run the same command again"
+
+
+class SourceFile(msgspec.Struct, frozen=True):
+    """A file of the corpus."""
+
+    path: str
+    """Relative to the corpus, with `/`: what records and messages call it."""
+    nbytes: int
+
+
+class Span(NamedTuple):
+    """A contiguous run of rows of one file, inside one unit of reading."""
+
+    first_row: int
+    rows: int
+    unit: int
+    """Which run of row groups of the file holds it."""
+
+
+class Corpus(NamedTuple):
+    """The files of a data set, in path order."""
+
+    root: Path
+    files: tuple[SourceFile, ...]
+    text_column: str
+
+    def open(self, index: int, *, span_rows: int | None = None) -> ParquetFile:
+        """Open a file of the corpus to plan and read its spans."""
+        return ParquetFile(self.root / self.files[index].path, self.text_column, span_rows)
+
+
+def find_corpus(dataset: str | Sequence[str], text_column: str) -> Corpus:
+    """The files that `dataset` means: a directory (searched recursively), a glob, a file, or a list of files.
+
+    Raises:
+        SourceError: nothing there, or nothing in it.
+    """
+    root, paths = _expand([dataset] if isinstance(dataset, str) else list(dataset))
+    names = sorted({path.relative_to(root).as_posix() for path in paths})
+    files = []
+    for name in names:
+        try:
+            files.append(SourceFile(name, (root / name).stat().st_size))
+        except OSError as error:
+            raise SourceError(f"{root / name}: {error.strerror}", next_step=_MEND) from None
+    return Corpus(root, tuple(files), text_column)
+
+
+def _expand(patterns: list[str]) -> tuple[Path, list[Path]]:
+    """The folder names are relative to, and the files."""
+    if len(patterns) == 1 and Path(patterns[0]).is_dir():
+        root = Path(patterns[0]).absolute()
+        found = [path for path in root.rglob(f"*{SUFFIX}") if path.is_file()]
+        if not found:
+            raise SourceError(f"{root}: no *{SUFFIX} files in it", next_step="give the directory that holds them")
+        return root, found
+    paths: list[Path] = []
+    for pattern in patterns:
+        if Path(pattern).is_file():
+            matches = [pattern]
+        else:
+            matches = [match for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
+        if not matches:
+            raise SourceError(f"{pattern}: no such file or directory, and no file matches it", next_step=_hint(pattern))
+        paths.extend(Path(match).absolute() for match in matches)
+    other = next((path for path in paths if path.suffix != SUFFIX), None)
+    if other is not None:
+        raise SourceError(
+            f"{other}: expected a {SUFFIX} file, found {other.suffix or 'no suffix'}",
+            next_step="name parquet files only, for example with the glob '*.parquet'",
+        )
+    return Path(os.path.commonpath([path.parent for path in paths])), paths
+
+
+def _hint(pattern: str) -> str:
+    if pattern.count("/") == 1 and not pattern.startswith((".", "/", "~")) and "*" not in pattern:
+        return (
+            f"to use the hub's data set of that name, fetch it first: hf download --repo-type dataset {pattern} "
+            "--local-dir corpus, then --dataset corpus"
+        )
+    return "check the path given with --dataset"
+
+
+class ParquetFile:
+    """One parquet file: its rows, its spans, and their text. Threads may read different spans at once.
+
+    Args:
+        path: of the file.
+        text_column: the column that holds the documents.
+        span_rows: rows per span; None chooses about `SPAN_TEXT_NBYTES` of text.
+
+    Raises:
+        SourceError: not readable, not parquet, or no such column of text.
+    """
+
+    def __init__(self, path: Path, text_column: str, span_rows: int | None = None) -> None:
+        self.path = path
+        self._column = text_column
+        self._span_rows = span_rows
+        try:
+            with pq.ParquetFile(path) as file:
+                self._metadata = file.metadata
+                self._schema = file.schema_arrow
+        except FileNotFoundError:
+            raise SourceError(f"{path}: the file is gone", next_step="restore it, then run the same command again") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SourceError(f"{path}: not a readable parquet file: {_first_line(error)}", next_step=_MEND) from None
+        self._check_column()
+        self.rows = int(self._metadata.num_rows)
+        self._units = list(self._plan_units())
+        self._wanted: frozenset[Span] | None = None
+        self._readers: dict[int, _UnitReader] = {}
+        self._lock = threading.Lock()
+
+    def _check_column(self) -> None:
+        if self._column not in self._schema.names:
+            raise SourceError(
+                f"{self.path}: no column {self._column!r}: expected one of text, found {', '.join(self._schema.names)}",
+                next_step="name the text column with --text-column",
+            )
+        kind = self._schema.field(self._column).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        text_kinds = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+        if kind not in text_kinds:
+            raise SourceError(
+                f"{self.path}: column {self._column!r}: expected strings, found {kind}",
+                next_step="name the text column with --text-column",
+            )
+
+    @property
+    def text_nbytes(self) -> int:
+        """Uncompressed size of the text column, as the file's footer states it."""
+        return sum(self._group_text_nbytes(group) for group in range(self._metadata.num_row_groups))
+
+    def _group_text_nbytes(self, group: int) -> int:
+        metadata = self._metadata.row_group(group)
+        index = self._schema.get_field_index(self._column)
+        # Nested neighbours shift leaf columns, so look the text column up by its path.
+        for leaf in range(index, metadata.num_columns):
+            column = metadata.column(leaf)
+            if column.path_in_schema == self._column:
+                return int(column.total_uncompressed_size)
+        raise AssertionError(f"{self.path}: column {self._column} vanished from the footer")
+
+    def _plan_units(self) -> Iterator[_Unit]:
+        """Neighbouring row groups, joined until they hold a span."""
+        first_row, rows, nbytes = 0, 0, 0
+        groups: list[int] = []
+        for group in range(self._metadata.num_row_groups):
+            groups.append(group)
+            rows += self._metadata.row_group(group).num_rows
+            nbytes += self._group_text_nbytes(group)
+            enough = rows >= self._span_rows if self._span_rows else nbytes >= SPAN_TEXT_NBYTES
+            if enough or group == self._metadata.num_row_groups - 1:
+                if rows:
+                    spans = max(1, round(nbytes / SPAN_TEXT_NBYTES))
+                    yield _Unit(first_row, rows, tuple(groups), self._span_rows or -(-rows // spans))
+                first_row, rows, nbytes, groups = first_row + rows, 0, 0, []
+
+    def spans(self) -> list[Span]:
+        """All rows of the file, cut into spans, in row order."""
+        return [span for index in range(len(self._units)) for span in self._unit_spans(index)]
+
+    def _unit_spans(self, index: int) -> list[Span]:
+        unit = self._units[index]
+        return [
+            Span(unit.first_row + offset, min(unit.span_rows, unit.rows - offset), index)
+            for offset in range(0, unit.rows, unit.span_rows)
+        ]
+
+    def read(self, span: Span) -> pa.Array:
+        """The text column of a span, shape `(rows,)`, nulls kept.
+
+        Each span is read once. Spans of one unit are decoded in sequence: whoever asks first decodes
+        up to its own and keeps what came before for its callers (see `keep_only`).
+
+        Raises:
+            SourceError: the row group is damaged.
+        """
+        unit = self._units[span.unit]
+        with self._lock:
+            reader = self._readers.get(span.unit)
+            if reader is None:
+                reader = _UnitReader(self._batches(unit), self.path, unit, self._unit_spans(span.unit), self._wanted)
+                self._readers[span.unit] = reader
+        text = reader.take(span)
+        if reader.exhausted:
+            with self._lock:
+                self._readers.pop(span.unit, None)
+        return text
+
+    def keep_only(self, spans: Collection[Span]) -> None:
+        """Say which spans will be read, so that none is kept for nobody."""
+        self._wanted = frozenset(spans)
+
+    def _batches(self, unit: _Unit) -> Iterator[pa.RecordBatch]:
+        # A reader of its own: Arrow does not promise that threads may share one. pre_buffer pays for
+        # remote stores and only copies here; Arrow's threads would fight the encoders for the cores.
+        with pq.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False) as file:
+            yield from file.iter_batches(
+                unit.span_rows, row_groups=list(unit.groups), columns=[self._column], use_threads=False
+            )
+
+
+class _Unit(NamedTuple):
+    """A run of row groups that is decoded front to back."""
+
+    first_row: int
+    rows: int
+    groups: tuple[int, ...]
+    span_rows: int
+
+
+class _UnitReader:
+    """Hands out the spans of a unit in any order near their own while decoding it once."""
+
+    def __init__(
+        self,
+        batches: Iterator[pa.RecordBatch],
+        path: Path,
+        unit: _Unit,
+        spans: list[Span],
+        wanted: frozenset[Span] | None,
+    ) -> None:
+        self._batches = batches
+        self._path = path
+        self._unit = unit
+        self._to_decode = deque(spans)
+        self._wanted = wanted
+        self._ready: dict[Span, pa.Array] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._to_decode and not self._ready
+
+    def take(self, span: Span) -> pa.Array:
+        with self._lock:
+            while span not in self._ready:
+                decoded = self._to_decode.popleft()
+                text = self._decode(decoded.rows)
+                if self._wanted is None or decoded in self._wanted:
+                    self._ready[decoded] = text
+            return self._ready.pop(span)
+
+    def _decode(self, rows: int) -> pa.Array:
+        """The next `rows` rows; Arrow may return them in several batches."""
+        pieces: list[pa.Array] = []
+        missing = rows
+        while missing > 0:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                raise self._damaged(f"expected {rows} more rows, found {rows - missing}") from None
+            except FileNotFoundError:
+                raise self._damaged("the file is gone") from None
+            except (pa.ArrowException, OSError) as error:
+                raise self._damaged(_first_line(error)) from None
+            pieces.append(batch.column(0))
+            missing -= len(batch)
+        return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
+
+    def _damaged(self, what: str) -> SourceError:
+        groups = self._unit.groups
+        where = f"row group {groups[0]}" if len(groups) == 1 else f"row groups {groups[0]} to {groups[-1]}"
+        return SourceError(f"{self._path}: {where}: cannot be read: {what}", next_step=_MEND)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,141 @@
+"""Storage: local files that are whole or absent, and the lock of a data root.
+
+A file is written beside its name, fsynced, renamed, and its directory fsynced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import filelock
+
+from tokenmill import layout
+from tokenmill.errors import DataRootError, StorageError
+
+
+class AtomicFile:
+    """A file that appears under its name only when it is complete.
+
+    Use as a context manager: leaving it normally publishes the file, an exception removes it.
+
+    Raises:
+        StorageError: the disk is full or not writable. Nothing remains of the file then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+        with reported(path):
+            self._file: BinaryIO = self._partial.open("wb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        with reported(self.path):
+            view = memoryview(data).cast("B")
+            while len(view):
+                view = view[self._file.write(view) :]
+
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Replace bytes written before."""
+        with reported(self.path):
+            self._file.seek(offset)
+            self.write(data)
+            self._file.seek(0, os.SEEK_END)
+
+    def publish(self) -> None:
+        with reported(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+            _fsync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def read_back(self) -> BinaryIO:
+        """The bytes written so far, from the start."""
+        return self._partial.open("rb")
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.publish()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    with AtomicFile(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn an `OSError` on `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror}",
+            next_step="make room on the disk, then run the same command again: finished shards are kept"
+            if full
+            else "check that the directory can be written, then run the same command again",
+        ) from None
+
+
+def _fsync_directory(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open directories, and journals renames itself
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_root(root: Path) -> None:
+    """Make the data root's directory, durably."""
+    with reported(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _fsync_directory(root.parent)
+
+
+@contextlib.contextmanager
+def held(root: Path) -> Iterator[None]:
+    """Hold the data root's lock; the operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        DataRootError: another process holds it.
+    """
+    lock = filelock.FileLock(root / layout.LOCK)
+    try:
+        with reported(root):
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise DataRootError(
+            f"{root}: another tokenmill process is at work on this data root",
+            next_step="wait for it, stop it, or choose another directory",
+        ) from None
+    with lock:
+        yield
+
+
+def remove_partials(root: Path) -> None:
+    """Delete what a killed run left half-written. Call with the lock held."""
+    for partial in root.glob(f"*{layout.PARTIAL_SUFFIX}"):
+        with reported(partial):
+            partial.unlink()
