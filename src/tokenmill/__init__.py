@@ -25,7 +25,7 @@ _HOMES = {
     "pretokenize": "pipeline",
 }
 
-__all__ = sorted(_HOMES)  # pyright: ignore
+__all__ = ["Recipe", "Summary", "TokenmillError", "buffer_order", "load_recipe", "pretokenize"]
 
 
 def __getattr__(name: str) -> object:

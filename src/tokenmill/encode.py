@@ -6,7 +6,6 @@ documents is encoded by the reference engine too and must give the same tokens.
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import NamedTuple, Protocol
 
@@ -94,15 +93,7 @@ class Encoder:
         if engine == "hf":
             return self._reference
         try:
-            if special_in_text == "text" and any(t.special and t.normalized for t in self.tokenizer.added_tokens):
-                raise TokenizerError(
-                    f"tokenizer {self.tokenizer.name}: its control tokens match normalized text, which only HF "
-                    "tokenizers can leave unparsed",
-                    next_step="use --engine-tokenizer hf (or auto)",
-                )
-            from tokenmill.encode_gigatoken import GigatokenEngine
-
-            return GigatokenEngine(self.tokenizer)
+            return _gigatoken(self.tokenizer, special_in_text)
         except TokenizerError:
             if engine == "gigatoken":
                 raise
@@ -179,7 +170,9 @@ class Encoder:
         if self.engine is self._reference or len(documents) == 0:
             return 0
         # Fibonacci hashing spreads consecutive rows evenly, the same for every span size.
-        sampled = np.flatnonzero((rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % AUDIT_ONE_IN == 0)
+        sampled = np.flatnonzero(
+            (rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % AUDIT_ONE_IN == 0
+        )
         chosen = np.union1d(sampled, self._matches(documents, self._added)[:AUDIT_ADDED_PER_SPAN])
         if len(chosen):
             sizes = pc.binary_length(documents).to_numpy()[chosen]
@@ -262,7 +255,14 @@ def _first_invalid_row(texts: pa.Array) -> int:
     raise AssertionError("Arrow found invalid UTF-8 that Python does not")
 
 
-@functools.cache
-def warm_up() -> None:
-    """Pay one-time import costs (awkward: half a second), for a thread beside the start-up."""
-    import tokenmill.encode_gigatoken  # noqa: F401
+def _gigatoken(tokenizer: TokenizerFile, special_in_text: str) -> Engine:
+    """The fast engine, if it can do what is asked."""
+    if special_in_text == "text" and any(token.special and token.normalized for token in tokenizer.added_tokens):
+        raise TokenizerError(
+            f"tokenizer {tokenizer.name}: its control tokens match normalized text, which only HF tokenizers "
+            "can leave unparsed",
+            next_step="use --engine-tokenizer hf (or auto)",
+        )
+    from tokenmill.encode_gigatoken import GigatokenEngine
+
+    return GigatokenEngine(tokenizer)

@@ -13,6 +13,7 @@ import awkward as ak
 import gigatoken
 import numpy as np
 import pyarrow as pa
+from gigatoken.gigatoken_rs import BPETokenizer, SentencePieceTokenizer
 from numpy.typing import NDArray
 
 from tokenmill.errors import TokenizerError
@@ -38,7 +39,7 @@ class GigatokenEngine:
                 f"tokenizer {tokenizer.name}: gigatoken cannot take it: {error}",
                 next_step="use --engine-tokenizer hf (slower, same bytes), or auto to choose by itself",
             ) from None
-        self._cache_grows = isinstance(self._backend, gigatoken.gigatoken_rs.BPETokenizer)
+        self._cache_grows = isinstance(self._backend, BPETokenizer)
         self._cached_nbytes = 0
         self._lock = threading.Lock()
 
@@ -51,7 +52,7 @@ class GigatokenEngine:
         layout = backend.encode_batch(_as_awkward(texts), parallel=False).layout
         return np.asarray(layout.content.data), np.asarray(layout.offsets.data)
 
-    def _bounded_backend(self, nbytes: int) -> gigatoken.gigatoken_rs.BPETokenizer:
+    def _bounded_backend(self, nbytes: int) -> BPETokenizer | SentencePieceTokenizer:
         with self._lock:
             self._cached_nbytes += nbytes
             if self._cached_nbytes > _CACHE_TEXT_NBYTES:

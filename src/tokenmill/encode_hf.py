@@ -27,7 +27,7 @@ class HFEngine:
     def __init__(self, tokenizer: TokenizerFile, *, special_in_text: str) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.json.decode())
-        except Exception as error:  # the library raises bare Exception for every malformed file
+        except Exception as error:  # noqa: BLE001  # the library raises bare Exception for every malformed file
             raise TokenizerError(
                 f"tokenizer {tokenizer.name}: HF tokenizers {tokenizers.__version__} cannot load it: {error}",
                 next_step="fetch tokenizer.json again, or upgrade tokenizers if the file is newer than the library",

@@ -46,7 +46,7 @@ class SourceError(TokenmillError):
     exit_code = 3
 
 
-class SourceChanged(SourceError):
+class SourceChangedError(SourceError):
     """The corpus is not the one this data root was started from."""
 
 

@@ -13,6 +13,8 @@ from tokenmill.errors import TokenizerError
 
 
 class Fetched(NamedTuple):
+    """A file of a repository."""
+
     path: Path
     """Of `tokenizer.json`, in the hub's local cache."""
     revision: str
@@ -43,7 +45,7 @@ def fetch_tokenizer(name: str, revision: str | None) -> Fetched:
     except EntryNotFoundError:
         raise TokenizerError(
             f"tokenizer {name}: the repository has no tokenizer.json",
-            next_step="convert it (transformers: AutoTokenizer.from_pretrained(...).save_pretrained) and give the directory",
+            next_step="convert it with transformers (AutoTokenizer, save_pretrained) and give that directory",
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TokenizerError(

@@ -23,10 +23,12 @@ NPY_HEADER_NBYTES = 128
 
 
 def shard_name(index: int) -> str:
+    """File name of a shard."""
     return f"train_{index:06d}.npy"
 
 
 def documents_name(index: int) -> str:
+    """File name of a shard's documents sidecar."""
     return f"documents_{index:06d}.parquet"
 
 
@@ -51,4 +53,5 @@ def npy_header(dtype: np.dtype[np.uint16] | np.dtype[np.uint32], tokens: int) ->
 
 
 def shard_nbytes(dtype: np.dtype[np.uint16] | np.dtype[np.uint32], tokens: int) -> int:
+    """Size of a shard file."""
     return NPY_HEADER_NBYTES + tokens * dtype.itemsize

@@ -68,6 +68,8 @@ class ShardRecord(msgspec.Struct):
 
 
 class TokenizerRecord(msgspec.Struct):
+    """What encoded the text."""
+
     name: str
     revision: str | None
     sha256: str

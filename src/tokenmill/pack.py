@@ -43,7 +43,15 @@ class Block(NamedTuple):
 
     def rows(self, begin: int, end: int) -> Block:
         """Rows `begin` to `end`."""
-        return Block(self.spans, *(column[begin:end] for column in self[1:]))
+        return Block(
+            self.spans,
+            self.span[begin:end],
+            self.start[begin:end],
+            self.length[begin:end],
+            self.flags[begin:end],
+            self.file[begin:end],
+            self.row[begin:end],
+        )
 
     def pieces(self, skip: int, tokens: int) -> list[TokenArray]:
         """Views of the rows' tokens, in order, from token `skip` on, `tokens` in all."""

@@ -21,10 +21,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from tokenmill import layout, manifest as manifests, storage
+from tokenmill import layout, storage
+from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
 from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
-from tokenmill.errors import DataRootError, LedgerError, SourceChanged, SourceError, TokenizerError
+from tokenmill.errors import DataRootError, LedgerError, SourceChangedError, SourceError, TokenizerError
 from tokenmill.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, TokenizerRecord
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Block, Part, Window, cut
@@ -37,9 +38,9 @@ from tokenmill.tokenizer import load_tokenizer
 
 log = logging.getLogger("tokenmill")
 
-_BLOCK_ROWS = 2_048
-"""Rows handed to the writer at once: bounds its memory when the shuffle's buffer is emptied."""
-_WRITER_QUEUE = 8
+_BLOCK_ROWS = 256
+"""Rows handed to the writer at once: about a megabyte, which stays in the cache from gather to hash to write."""
+_WRITER_QUEUE = 64
 """Parts that may wait for the writer."""
 
 
@@ -96,6 +97,15 @@ class Workload(NamedTuple):
     span_rows: int | None
 
 
+class _Job(NamedTuple):
+    """A run on a data root, whose lock is held."""
+
+    root: Path
+    manifest: Manifest
+    prepared: Prepared
+    workload: Workload
+
+
 Show = Callable[[Progress], None]
 
 
@@ -113,7 +123,9 @@ def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | N
     return Prepared(resolved, corpus, encoder)
 
 
-def plan(recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto") -> tuple[Prepared, Preflight]:
+def plan(
+    recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto"
+) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it."""
     prepared = prepare(recipe, engine_tokenizer=engine_tokenizer)
     return prepared, preflight(*prepared, root, workers=workers or available_cores())
@@ -156,10 +168,11 @@ def pretokenize(
             manifest = _new_manifest(prepared)
         else:
             _refuse_other(root, manifest, prepared)
+        job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
         remade = drop_damaged(root, manifest)
         if manifest.complete and not remade:
-            return _summary(root, manifest, prepared, "already complete", manifest.tokens, started)
+            return _summary(job, "already complete", manifest.tokens, started)
         manifest.complete = False
         done = manifest.tokens
         figures = preflight(*prepared, root, workers=workload.workers, done_tokens=done)
@@ -167,25 +180,18 @@ def pretokenize(
         begin(figures)
         manifest.software = _software(prepared.encoder)
         manifests.save(root, manifest)
-        audited = _run(root, manifest, prepared, workload, show)
-        return _summary(root, manifest, prepared, "complete", done, started, audited=audited, remade=remade)
+        audited = _run(job, show)
+        return _summary(job, "complete", done, started, audited=audited, remade=remade)
 
 
 def _summary(
-    root: Path,
-    manifest: Manifest,
-    prepared: Prepared,
-    status: str,
-    done_before: int,
-    started: float,
-    *,
-    audited: int = 0,
-    remade: Sequence[str] = (),
+    job: _Job, status: str, done_before: int, started: float, *, audited: int = 0, remade: Sequence[str] = ()
 ) -> Summary:
+    manifest = job.manifest
     seconds = time.monotonic() - started
     new_tokens = manifest.tokens - done_before
     return Summary(
-        root=str(root),
+        root=str(job.root),
         status=status,
         tokens=manifest.tokens,
         documents=manifest.documents,
@@ -199,7 +205,7 @@ def _summary(
         skipped_empty=sum(entry.empty for entry in manifest.ledger),
         special_documents=sum(entry.special for entry in manifest.ledger),
         audited_documents=audited,
-        engine=prepared.encoder.engine.version,
+        engine=job.prepared.encoder.engine.version,
         remade=list(remade),
     )
 
@@ -267,7 +273,7 @@ def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
         expected, found = recorded.get(path), sizes.get(path)
         if expected != found:
             described = [f"{nbytes} bytes" if nbytes is not None else "no such file" for nbytes in (expected, found)]
-            raise SourceChanged(
+            raise SourceChangedError(
                 f"{corpus.root / path}: the source changed since this data root was begun: "
                 f"expected {described[0]}, found {described[1]}",
                 next_step="restore the file, or start in another directory",
@@ -322,14 +328,14 @@ def _complete(root: Path, manifest: Manifest) -> None:
     manifests.save(root, manifest)
 
 
-def _run(root: Path, manifest: Manifest, prepared: Prepared, workload: Workload, show: Show) -> int:
+def _run(job: _Job, show: Show) -> int:
     """Make every shard the manifest does not prove; documents audited."""
-    engine = ThreadEngine(workload.workers)
-    writer = _Writer(root, manifest, prepared)
+    engine = ThreadEngine(job.workload.workers)
+    writer = _Writer(job)
     audited = 0
     try:
-        for first, end in missing_ranges(manifest):
-            driver = _Driver(manifest, prepared, workload.span_rows, engine, writer, show)
+        for first, end in missing_ranges(job.manifest):
+            driver = _Driver(job, engine, writer, show)
             driver.run(first, end)
             audited += driver.audited
         writer.drain()
@@ -339,7 +345,7 @@ def _run(root: Path, manifest: Manifest, prepared: Prepared, workload: Workload,
         raise
     engine.shutdown()
     writer.close()
-    _complete(root, manifest)
+    _complete(job.root, job.manifest)
     return audited
 
 
@@ -355,25 +361,16 @@ class _Reading(NamedTuple):
 class _Driver:
     """Makes shards `first` to `end` (None: to the end of the stream)."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        prepared: Prepared,
-        span_rows: int | None,
-        engine: TaskEngine,
-        writer: _Writer,
-        show: Show,
-    ) -> None:
-        recipe, self._corpus, self._encoder = prepared
-        self._manifest = manifest
+    def __init__(self, job: _Job, engine: TaskEngine, writer: _Writer, show: Show) -> None:
+        recipe, self._corpus, self._encoder = job.prepared
         self._recipe = recipe
-        self._span_rows = span_rows
+        self._manifest = job.manifest
+        self._span_rows = job.workload.span_rows
         self._engine = engine
         self._writer = writer
         self._show = show
         self._order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
         self._window = Window()
-        self._open: dict[int, ParquetFile] = {}
         self._position = 0
         """Token of the stream at which the next row starts."""
         self._emitted = 0
@@ -423,7 +420,7 @@ class _Driver:
         file = self._corpus.open(index, span_rows=self._span_rows)
         record = self._manifest.files[index]
         if record.rows not in (None, file.rows):
-            raise SourceChanged(
+            raise SourceChangedError(
                 f"{file.path}: the source changed since this data root was begun: expected {record.rows} rows, "
                 f"found {file.rows}",
                 next_step="restore the file, or start in another directory",
@@ -522,19 +519,19 @@ class _Writer:
     Errors of that thread reach the driver at its next call.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, prepared: Prepared) -> None:
-        self._root = root
-        self._manifest = manifest
-        self._recipe = prepared.recipe
-        self._dtype = prepared.encoder.dtype
-        self._paths = pa.array([file.path for file in manifest.files], pa.string())
+    def __init__(self, job: _Job) -> None:
+        self._root = job.root
+        self._manifest = job.manifest
+        self._recipe = job.prepared.recipe
+        self._dtype = job.prepared.encoder.dtype
+        self._paths = pa.array([file.path for file in job.manifest.files], pa.string())
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._waiting: deque[Future[None]] = deque()
         self._shard: ShardWriter | None = None
         self._idle: list[Count] = []
-        self.tokens = manifest.tokens
+        self.tokens = job.manifest.tokens
         """Of the data set, handed over so far; likewise `documents`."""
-        self.documents = manifest.documents
+        self.documents = job.manifest.documents
 
     def begin(self) -> None:
         """Start a run of consecutive shards."""
@@ -605,7 +602,13 @@ class _Writer:
         self._shard = None
         self._manifest.add(record)
         manifests.save(self._root, self._manifest)
-        log.info("%s: %d tokens, %d documents, sha256 %s", layout.shard_name(record.index), record.tokens, record.documents, record.sha256)
+        log.info(
+            "%s: %d tokens, %d documents, sha256 %s",
+            layout.shard_name(record.index),
+            record.tokens,
+            record.documents,
+            record.sha256,
+        )
 
     def _end(self, cursor: Cursor) -> None:
         if self._shard is not None:

@@ -17,12 +17,14 @@ from tokenmill.errors import SourceError, StorageError
 from tokenmill.recipe import Recipe
 from tokenmill.source import SPAN_TEXT_NBYTES, Corpus, ParquetFile
 
-_FOOTERS = 64
-_SAMPLES = 4
-_SAMPLE_ROWS = 64
+_FOOTERS = 16
+_SAMPLES = 3
+_SAMPLE_ROWS = 32
 _SIDECAR_NBYTES_PER_DOCUMENT = 16
 _BASE_MEMORY_NBYTES = 400 << 20
 """Interpreter, libraries and two tokenizers, measured."""
+_MEMORY_PER_TEXT = 4
+"""Bytes in use per byte of text being encoded, measured."""
 
 
 class Preflight(msgspec.Struct, frozen=True):
@@ -81,7 +83,9 @@ def preflight(
         dtype=encoder.dtype.name,
         disk_needed_nbytes=max(0, disk),
         disk_free_nbytes=shutil.disk_usage(_existing(root)).free,
-        estimated_memory_nbytes=_memory(recipe, rows, corpus_tokens, text_nbytes, itemsize, workers),
+        estimated_memory_nbytes=_BASE_MEMORY_NBYTES
+        + (2 * workers + 2) * SPAN_TEXT_NBYTES * _MEMORY_PER_TEXT
+        + round(_held_rows(recipe, rows, text_nbytes / rows) * corpus_tokens / rows * itemsize),
         estimated_seconds=max(0, tokens - done_tokens) / (tokens_per_second * workers),
     )
 
@@ -116,14 +120,12 @@ def _sample(corpus: Corpus, opened: list[ParquetFile], encoder: Encoder) -> tupl
     return tokens / max(1, nbytes), tokens / max(1e-9, seconds) or 1.0
 
 
-def _memory(
-    recipe: Recipe, rows: int, tokens: int, text_nbytes: float, itemsize: int, workers: int
-) -> int:
-    """The window holds a span until its last row leaves the shuffle: about buffer x ln(rows per span) rows."""
-    span_rows = max(1.0, SPAN_TEXT_NBYTES / max(1.0, text_nbytes / rows))
-    held = min(rows, recipe.buffer_size * (1 + math.log(span_rows))) if recipe.order == "buffer" else 0
-    in_flight = (2 * workers + 2) * SPAN_TEXT_NBYTES * 4
-    return round(_BASE_MEMORY_NBYTES + held * tokens / rows * itemsize + in_flight)
+def _held_rows(recipe: Recipe, rows: int, row_nbytes: float) -> float:
+    """Rows whose tokens are in memory: a span stays until its last row leaves the shuffle."""
+    if recipe.order == "sequential":
+        return 0
+    span_rows = max(1.0, SPAN_TEXT_NBYTES / max(1.0, row_nbytes))
+    return min(rows, recipe.buffer_size * (1 + math.log(span_rows)))
 
 
 def _spread(count: int, wanted: int) -> list[int]:

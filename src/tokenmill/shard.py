@@ -62,7 +62,7 @@ class ShardWriter:
         rows = block.rows(part.begin, part.end)
         tokens = np.empty(part.tokens, self._dtype)
         np.concatenate(rows.pieces(part.skip, part.tokens), out=tokens)
-        self._write(memoryview(tokens).cast("B"))
+        self._write(tokens.data.cast("B"))
         self._tokens += part.tokens
         self.count(tally(block.rows(part.first_start, part.end)))
         self._note_documents(rows, position - part.skip, part.skip > 0)
@@ -130,6 +130,4 @@ def tally(rows: Block) -> list[Count]:
     special = np.bincount(file, rows.flags & SPECIAL > 0, len(files)).astype(int)
     every = np.bincount(file, minlength=len(files))
     documents = every - null - empty
-    return [
-        Count(int(f), int(documents[i]), int(null[i]), int(empty[i]), int(special[i])) for i, f in enumerate(files)
-    ]
+    return [Count(int(f), int(documents[i]), int(null[i]), int(empty[i]), int(special[i])) for i, f in enumerate(files)]

@@ -131,7 +131,9 @@ class ParquetFile:
                 self._metadata = file.metadata
                 self._schema = file.schema_arrow
         except FileNotFoundError:
-            raise SourceError(f"{path}: the file is gone", next_step="restore it, then run the same command again") from None
+            raise SourceError(
+                f"{path}: the file is gone", next_step="restore it, then run the same command again"
+            ) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise SourceError(f"{path}: not a readable parquet file: {_first_line(error)}", next_step=_MEND) from None
         self._check_column()
@@ -150,7 +152,14 @@ class ParquetFile:
         kind = self._schema.field(self._column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        text_kinds = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+        text_kinds = (
+            pa.string(),
+            pa.large_string(),
+            pa.string_view(),
+            pa.binary(),
+            pa.large_binary(),
+            pa.binary_view(),
+        )
         if kind not in text_kinds:
             raise SourceError(
                 f"{self.path}: column {self._column!r}: expected strings, found {kind}",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import filelock
 
@@ -32,7 +32,7 @@ class AtomicFile:
         self.path = path
         self._partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
         with reported(path):
-            self._file: BinaryIO = self._partial.open("wb", buffering=0)
+            self._file: io.FileIO = self._partial.open("wb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> None:
         with reported(self.path):
@@ -51,21 +51,23 @@ class AtomicFile:
         with reported(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
+            self._partial.replace(self.path)
             _fsync_directory(self.path.parent)
 
     def discard(self) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def read_back(self) -> BinaryIO:
+    def read_back(self) -> io.BufferedReader:
         """The bytes written so far, from the start."""
         return self._partial.open("rb")
 
     def __enter__(self) -> AtomicFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.discard()
             return

@@ -1,0 +1,58 @@
+"""Demo: the main job on text that every machine has, the standard library of the running Python."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenmill import layout
+from tokenmill.encode_hf import HFEngine
+from tokenmill.recipe import Recipe, load_recipe
+from tokenmill.tokenizer import load_tokenizer
+
+TOKENIZER = Path(__file__).parent / "demo_tokenizer"
+"""Llama-style BPE with byte fallback, 4,096 ids; made by `scripts/train_demo_tokenizer.py`."""
+
+_FILES = 4
+_ROW_GROUP_ROWS = 200
+
+
+def library_texts() -> Iterator[tuple[str, str]]:
+    """Name and text of every module of the standard library that is UTF-8, by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(("site-packages/", "dist-packages/")):
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:  # a few test modules exist to be in another encoding
+            continue
+        if text:
+            yield name, text
+
+
+def write_corpus(folder: Path) -> None:
+    """The standard library as parquet files with the columns `text` and `path`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = list(library_texts())
+    for index in range(_FILES):
+        part = documents[index::_FILES]
+        table = pa.table({"text": [text for _, text in part], "path": [name for name, _ in part]})
+        pq.write_table(table, folder / f"part-{index:05d}.parquet", compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+
+
+def demo_recipe(corpus: Path) -> Recipe:
+    """The built-in recipe `demo` over that corpus."""
+    return load_recipe("demo", {"dataset": str(corpus), "tokenizer": str(TOKENIZER)})
+
+
+def excerpt(root: Path, tokens: int = 160) -> str:
+    """The text of the first tokens of the first shard."""
+    shard = np.load(root / layout.shard_name(0), mmap_mode="r")
+    return HFEngine(load_tokenizer(str(TOKENIZER)), special_in_text="parse").decode(shard[:tokens].tolist())

@@ -1,0 +1,98 @@
+"""Progress: what a person sees while a run goes on. A live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tokenmill.pipeline import Progress, Show
+
+_PLAIN_SECONDS = 10.0
+"""Between lines when nobody watches a terminal."""
+_LIVE_SECONDS = 0.2
+_RATE_WINDOW_SECONDS = 30.0
+"""The rate and the time left follow the last half minute."""
+
+
+class _Line:
+    """Turns progress into a line of text."""
+
+    def __init__(self) -> None:
+        self.expected_tokens = 0
+        self._process = psutil.Process()
+        self._seen: list[tuple[float, int]] = []
+
+    def text(self, progress: Progress) -> str:
+        now = time.monotonic()
+        self._seen.append((now, progress.tokens))
+        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS:
+            self._seen.pop(0)
+        elapsed = now - self._seen[0][0]
+        rate = (progress.tokens - self._seen[0][1]) / elapsed if elapsed > 0 else 0.0
+        expected = max(self.expected_tokens, progress.tokens)
+        share = progress.tokens / expected if expected else 0.0
+        left = duration((expected - progress.tokens) / rate) if rate else "?"
+        memory = self._process.memory_info().rss
+        return (
+            f"{count(progress.tokens)} tokens {share:4.0%}  {count(rate)}/s  {progress.documents:,} documents  "
+            f"shard {progress.shard}  {left} left  {memory / 1e9:.2f} GB memory"
+        )
+
+
+class Display:
+    """Where `pipeline.pretokenize` reports to; `expected_tokens` comes from the preflight."""
+
+    def __init__(self, show: Show, line: _Line) -> None:
+        self.show = show
+        self._line = line
+
+    def expect(self, tokens: int) -> None:
+        self._line.expected_tokens = tokens
+
+
+@contextmanager
+def display(*, quiet: bool) -> Iterator[Display]:
+    """Show progress on standard error: live on a terminal, a line every ten seconds elsewhere, or nothing."""
+    line = _Line()
+    console = Console(stderr=True)
+    if quiet:
+        yield Display(lambda progress: None, line)
+    elif console.is_terminal:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            yield Display(_paced(_LIVE_SECONDS, line, lambda text: live.update(Text(text), refresh=True)), line)
+    else:
+        yield Display(_paced(_PLAIN_SECONDS, line, lambda text: print(text, file=sys.stderr, flush=True)), line)  # noqa: T201
+
+
+def _paced(seconds: float, line: _Line, put: Callable[[str], None]) -> Show:
+    due = time.monotonic() + seconds
+
+    def show(progress: Progress) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + seconds
+            put(line.text(progress))
+
+    return show
+
+
+def count(number: float) -> str:
+    """A number with a unit people read at a glance: `28.1 M`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`2:05` or `1:02:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
