@@ -6,6 +6,7 @@ trusts; `docs/format.md` describes the fields.
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 
 import msgspec
@@ -122,12 +123,15 @@ class Manifest(msgspec.Struct, kw_only=True):
 
     def add(self, record: ShardRecord) -> None:
         """Enter a finished shard."""
-        self.shards = sorted([*self.shards, record], key=lambda shard: shard.index)
-        self.tokens = sum(shard.tokens for shard in self.shards)
-        self.documents = sum(shard.documents for shard in self.shards)
+        bisect.insort(self.shards, record, key=lambda shard: shard.index)
+        self.tokens += record.tokens
+        self.documents += record.documents
 
     def shard(self, index: int) -> ShardRecord | None:
-        return next((shard for shard in self.shards if shard.index == index), None)
+        """The record of a shard; None if it is not finished."""
+        at = bisect.bisect_left(self.shards, index, key=lambda shard: shard.index)
+        found = self.shards[at : at + 1]
+        return found[0] if found and found[0].index == index else None
 
     def cursor(self, index: int) -> Cursor:
         """Where shard `index` begins in the output order; the shard before it must be finished."""

@@ -7,6 +7,7 @@ of the data root and the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -25,7 +26,7 @@ from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
 from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
-from tokenmill.errors import DataRootError, LedgerError, SourceChangedError, SourceError, TokenizerError
+from tokenmill.errors import DataRootError, LedgerError, SourceChangedError, SourceError, StorageError, TokenizerError
 from tokenmill.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, TokenizerRecord
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Block, Part, Window, cut
@@ -40,6 +41,8 @@ log = logging.getLogger("tokenmill")
 
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte, which stays in the cache from gather to hash to write."""
+_SAVE_SECONDS = 1.0
+"""Between manifests, where shards are finished faster than that: what a kill then costs."""
 _WRITER_QUEUE = 64
 """Parts that may wait for the writer."""
 
@@ -529,6 +532,8 @@ class _Writer:
         self._waiting: deque[Future[None]] = deque()
         self._shard: ShardWriter | None = None
         self._idle: list[Count] = []
+        self._failed = False
+        self._save_due = 0.0
         self.tokens = job.manifest.tokens
         """Of the data set, handed over so far; likewise `documents`."""
         self.documents = job.manifest.documents
@@ -561,15 +566,27 @@ class _Writer:
         self._pool.shutdown()
 
     def abandon(self) -> None:
-        """Drop what waits and remove the shard in the making."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Write what was handed over, for the sake of shards it completes; remove the shard in the making."""
+        self._pool.shutdown()
         if self._shard is not None:
             self._shard.discard()
+        # On a full disk this fails as well: the error that brought us here is the one to tell, and
+        # a shard without a record is made again.
+        with contextlib.suppress(StorageError):
+            self._save()
 
     def _submit(self, task: Callable[..., None], *args: object) -> None:
-        self._waiting.append(self._pool.submit(task, *args))
+        self._waiting.append(self._pool.submit(self._unless_failed, task, *args))
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > _WRITER_QUEUE):
             self._waiting.popleft().result()
+
+    def _unless_failed(self, task: Callable[..., None], *args: object) -> None:
+        """After an error nothing more is written: a shard must not close over a missing part."""
+        if self._failed:
+            return
+        self._failed = True
+        task(*args)
+        self._failed = False
 
     def _begin(self) -> None:
         self._idle = []
@@ -601,7 +618,8 @@ class _Writer:
         record = self._shard.finish(next_cursor)
         self._shard = None
         self._manifest.add(record)
-        manifests.save(self._root, self._manifest)
+        if time.monotonic() >= self._save_due:
+            self._save()
         log.info(
             "%s: %d tokens, %d documents, sha256 %s",
             layout.shard_name(record.index),
@@ -609,6 +627,11 @@ class _Writer:
             record.documents,
             record.sha256,
         )
+
+    def _save(self) -> None:
+        begin = time.monotonic()
+        manifests.save(self._root, self._manifest)
+        self._save_due = time.monotonic() + max(_SAVE_SECONDS, 10 * (time.monotonic() - begin))
 
     def _end(self, cursor: Cursor) -> None:
         if self._shard is not None:

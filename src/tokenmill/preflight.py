@@ -67,7 +67,7 @@ def preflight(
             next_step="give the directory of a corpus that has text",
         )
     tokens_per_nbyte, tokens_per_second = _sample(corpus, opened, encoder)
-    corpus_tokens = round(text_nbytes * tokens_per_nbyte) + rows
+    corpus_tokens = round(text_nbytes * tokens_per_nbyte)
     tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
     itemsize = encoder.dtype.itemsize
     share = tokens / max(1, corpus_tokens)

@@ -29,7 +29,7 @@ def drop_damaged(root: Path, manifest: Manifest) -> list[str]:
         else:
             damaged.append(name)
             log.warning("%s is missing or not the file the manifest records; its shard will be made again", name)
-    manifest.shards = []
+    manifest.shards, manifest.tokens, manifest.documents = [], 0, 0
     for record in kept:
         manifest.add(record)
     return damaged

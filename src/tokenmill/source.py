@@ -131,9 +131,7 @@ class ParquetFile:
                 self._metadata = file.metadata
                 self._schema = file.schema_arrow
         except FileNotFoundError:
-            raise SourceError(
-                f"{path}: the file is gone", next_step="restore it, then run the same command again"
-            ) from None
+            raise _gone(path) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise SourceError(f"{path}: not a readable parquet file: {_first_line(error)}", next_step=_MEND) from None
         self._check_column()
@@ -168,8 +166,9 @@ class ParquetFile:
 
     @property
     def text_nbytes(self) -> int:
-        """Uncompressed size of the text column, as the file's footer states it."""
-        return sum(self._group_text_nbytes(group) for group in range(self._metadata.num_row_groups))
+        """Size of the text, from the file's footer: what the column holds less a length per row."""
+        column = sum(self._group_text_nbytes(group) for group in range(self._metadata.num_row_groups))
+        return max(0, column - 4 * self.rows)
 
     def _group_text_nbytes(self, group: int) -> int:
         metadata = self._metadata.row_group(group)
@@ -235,7 +234,8 @@ class ParquetFile:
     def _batches(self, unit: _Unit) -> Iterator[pa.RecordBatch]:
         # A reader of its own: Arrow does not promise that threads may share one. pre_buffer pays for
         # remote stores and only copies here; Arrow's threads would fight the encoders for the cores.
-        with pq.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False) as file:
+        file = pq.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False, page_checksum_verification=True)
+        with file:
             yield from file.iter_batches(
                 unit.span_rows, row_groups=list(unit.groups), columns=[self._column], use_threads=False
             )
@@ -292,7 +292,7 @@ class _UnitReader:
             except StopIteration:
                 raise self._damaged(f"expected {rows} more rows, found {rows - missing}") from None
             except FileNotFoundError:
-                raise self._damaged("the file is gone") from None
+                raise _gone(self._path) from None
             except (pa.ArrowException, OSError) as error:
                 raise self._damaged(_first_line(error)) from None
             pieces.append(batch.column(0))
@@ -300,9 +300,21 @@ class _UnitReader:
         return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
 
     def _damaged(self, what: str) -> SourceError:
-        groups = self._unit.groups
-        where = f"row group {groups[0]}" if len(groups) == 1 else f"row groups {groups[0]} to {groups[-1]}"
-        return SourceError(f"{self._path}: {where}: cannot be read: {what}", next_step=_MEND)
+        return SourceError(f"{self._path}: {self._where()}: cannot be read: {what}", next_step=_MEND)
+
+    def _where(self) -> str:
+        """The damaged row group: several may have been read as one."""
+        for group in self._unit.groups:
+            try:
+                with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+                    file.read_row_group(group)
+            except (pa.ArrowException, OSError):
+                return f"row group {group}"
+        return f"row groups {self._unit.groups[0]} to {self._unit.groups[-1]}"
+
+
+def _gone(path: Path) -> SourceError:
+    return SourceError(f"{path}: the file is gone", next_step="restore it, then run the same command again")
 
 
 def _first_line(error: Exception) -> str:

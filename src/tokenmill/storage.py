@@ -124,16 +124,18 @@ def held(root: Path) -> Iterator[None]:
         DataRootError: another process holds it.
     """
     lock = filelock.FileLock(root / layout.LOCK)
-    try:
-        with reported(root):
+    with reported(root):
+        try:
             lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise DataRootError(
-            f"{root}: another tokenmill process is at work on this data root",
-            next_step="wait for it, stop it, or choose another directory",
-        ) from None
-    with lock:
+        except filelock.Timeout:
+            raise DataRootError(
+                f"{root}: another tokenmill process is at work on this data root",
+                next_step="wait for it, stop it, or choose another directory",
+            ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def remove_partials(root: Path) -> None:
