@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import golden
 from reference import reservoir
-from tokenmill.order import BufferOrder, SequentialOrder, buffer_order, file_order
+from tokenmill.order import BufferOrder, SequentialOrder, _Words, buffer_order, file_order
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,18 @@ def test_pinned_without_the_shared_data() -> None:
     assert buffer_order(7, buffer_size=3, seed=0).tolist() == [2, 1, 4, 0, 5, 6, 3]
     read = file_order(5, kind="buffer", seed=1)
     assert read[buffer_order(5, buffer_size=2, seed=1)].tolist() == [4, 0, 2, 1, 3]
+
+
+@given(st.integers(1, 2**32), st.integers(0, 2**63), st.lists(st.integers(0, 50), max_size=5))
+def test_numbers_are_those_of_numpy(bound: int, seed: int, counts: list[int]) -> None:
+    """Of the NumPy installed; should these ever differ, the golden digests say who is right."""
+    ours, theirs = _Words(seed), np.random.default_rng(seed)
+    for count in counts:
+        assert ours.below(bound, count).tolist() == theirs.integers(0, bound, size=count).tolist()
+        mine, other = np.arange(count), np.arange(count)
+        ours.shuffle(mine)
+        theirs.shuffle(other)
+        assert mine.tolist() == other.tolist()
 
 
 def test_sequential() -> None:

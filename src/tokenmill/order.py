@@ -7,6 +7,10 @@ ahead of the text and in blocks: within a block, the row a draw emits is the one
 of the same slot put there, which a sort by (slot, position) finds without a Python loop.
 
 Rows are numbered in reading order over all files, from 0.
+
+The random numbers are those of NumPy's `Generator` over PCG64. NumPy keeps the bit generator's
+stream for ever, but not what `Generator` makes of it (NEP 19), so that part stands here: bounded
+integers by Lemire's rejection (https://arxiv.org/abs/1805.10941), shuffles by masked rejection.
 """
 
 from __future__ import annotations
@@ -26,8 +30,45 @@ def file_order(files: int, *, kind: str, seed: int) -> NDArray[np.int64]:
     """The sequence in which files (sorted by path) are read, shape `(files,)`."""
     order = np.arange(files, dtype=np.int64)
     if kind == "buffer":
-        np.random.default_rng(seed).shuffle(order)
+        _Words(seed).shuffle(order)
     return order
+
+
+class _Words:
+    """PCG64 as 32-bit words, the low half of each draw first."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.PCG64(seed)
+        self._left: NDArray[np.uint32] = np.empty(0, np.uint32)
+
+    def take(self, count: int) -> NDArray[np.uint32]:
+        missing = count - len(self._left)
+        if missing > 0:
+            drawn = self._bits.random_raw(-(-missing // 2)).astype("<u8").view("<u4")
+            self._left = np.concatenate([self._left, drawn])
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+    def below(self, bound: int, count: int) -> NDArray[np.int64]:
+        """`count` integers in `[0, bound)`, uniformly; `bound` is at most 2^32."""
+        if bound == 1:  # takes no words
+            return np.zeros(count, np.int64)
+        threshold = ((1 << 32) - bound) % bound
+        parts: list[NDArray[np.int64]] = []
+        while count > 0:
+            product = self.take(count).astype(np.uint64) * np.uint64(bound)
+            accepted = product[(product & np.uint64(0xFFFFFFFF)) >= threshold] >> np.uint64(32)
+            parts.append(accepted.astype(np.int64))
+            count -= len(accepted)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def shuffle(self, values: NDArray[np.int64]) -> None:
+        """Fisher-Yates from the end, in place."""
+        for i in range(len(values) - 1, 0, -1):
+            mask = (1 << i.bit_length()) - 1
+            while (j := int(self.take(1)[0]) & mask) > i:
+                pass
+            values[i], values[j] = values[j], values[i]
 
 
 class RowOrder(Protocol):
@@ -67,7 +108,7 @@ class BufferOrder:
     """The reservoir shuffle, as a stream. Memory: `buffer_size` int64 plus a block."""
 
     def __init__(self, buffer_size: int, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+        self._words = _Words(seed)
         self._slots = np.empty(buffer_size, np.int64)
         self._filled = 0
         self._pushed = 0
@@ -83,7 +124,7 @@ class BufferOrder:
 
     def finish(self) -> Rows:
         rest = self.held()
-        self._rng.shuffle(rest)
+        self._words.shuffle(rest)
         self._filled = 0
         return rest
 
@@ -117,7 +158,7 @@ class BufferOrder:
         missing = count - len(self._draws)
         if missing > 0:
             size = -(-missing // _DRAWS) * _DRAWS
-            fresh = self._rng.integers(0, len(self._slots), size=size)
+            fresh = self._words.below(len(self._slots), size)
             self._draws = np.concatenate([self._draws, fresh])
         taken, self._draws = self._draws[:count], self._draws[count:]
         return taken

@@ -38,7 +38,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     order: Literal["buffer", "sequential"] = "buffer"
     """`buffer` is the pinned shuffle (see `order.py`); `sequential` keeps path and row order."""
     seed: Annotated[int, msgspec.Meta(ge=0)] = 42
-    buffer_size: Positive = 10_000
+    buffer_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 10_000
     """Slots of the shuffle's reservoir, in rows."""
     shard_size: Positive = DEFAULT_SHARD_SIZE
     """Tokens per shard."""
