@@ -124,6 +124,7 @@ def measure(way: str, files: list[str], corpus: str, tokenizer: str) -> dict:
             line += ["--tokenizer", tokenizer, "--shard-size", str(SHARD_TOKENS), "--json"]
         else:
             line = [sys.executable, __file__, "--only", way, "--tokenizer", tokenizer, "--out", out, *files]
+        os.sync()  # nobody pays for another's unwritten pages
         begin = time.perf_counter()
         run = subprocess.Popen(line, stdout=subprocess.PIPE)
         printed = run.stdout.read()

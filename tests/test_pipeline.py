@@ -26,6 +26,7 @@ from tokenmill import errors, layout, manifest, pipeline
 from tokenmill.demo import TOKENIZER
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
+from tokenmill.shard import tally
 
 EOS = 2
 
@@ -390,7 +391,7 @@ def test_a_second_run_on_the_root_is_refused(tmp_path: Path, recipe: Recipe) -> 
 
 
 def test_unbalanced_ledger_fails(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline.tally
+    original = tally
     monkeypatch.setattr("tokenmill.shard.tally", lambda rows: original(rows)[1:])
     with pytest.raises(errors.LedgerError, match="rows"):
         pretokenize(recipe, tmp_path / "out")

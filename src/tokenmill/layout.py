@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TokenArray = NDArray[np.uint16] | NDArray[np.uint32]
+TokenDType = np.dtype[np.uint16] | np.dtype[np.uint32]
 
 MANIFEST = "manifest.json"
 LOCK = ".tokenmill.lock"
@@ -32,7 +33,7 @@ def documents_name(index: int) -> str:
     return f"documents_{index:06d}.parquet"
 
 
-def token_dtype(name: str) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+def token_dtype(name: str) -> TokenDType:
     """The little-endian dtype called `uint16` or `uint32`."""
     return np.dtype("<u2") if name == "uint16" else np.dtype("<u4")
 
@@ -42,7 +43,7 @@ def smallest_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def npy_header(dtype: np.dtype[np.uint16] | np.dtype[np.uint32], tokens: int) -> bytes:
+def npy_header(dtype: TokenDType, tokens: int) -> bytes:
     """The header `np.save` writes before a 1-D array (NumPy's NPY format, version 1.0)."""
     buffer = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (tokens,)}
@@ -52,6 +53,6 @@ def npy_header(dtype: np.dtype[np.uint16] | np.dtype[np.uint32], tokens: int) ->
     return header
 
 
-def shard_nbytes(dtype: np.dtype[np.uint16] | np.dtype[np.uint32], tokens: int) -> int:
+def shard_nbytes(dtype: TokenDType, tokens: int) -> int:
     """Size of a shard file."""
     return NPY_HEADER_NBYTES + tokens * dtype.itemsize

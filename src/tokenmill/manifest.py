@@ -7,12 +7,13 @@ trusts; `docs/format.md` describes the fields.
 from __future__ import annotations
 
 import bisect
+import itertools
 from pathlib import Path
 
 import msgspec
 
 from tokenmill import layout, storage
-from tokenmill.errors import DataRootError
+from tokenmill.errors import DataRootError, LedgerError, SourceError
 from tokenmill.recipe import Recipe
 
 VERSION = 1
@@ -176,3 +177,51 @@ def save(root: Path, manifest: Manifest) -> None:
     """Replace the manifest atomically."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     storage.write_whole(root / layout.MANIFEST, data + b"\n")
+
+
+def complete(root: Path, manifest: Manifest) -> None:
+    """Balance the ledger, per file; then the data set is complete.
+
+    Raises:
+        LedgerError: rows are missing or counted twice.
+        SourceError: no row had text.
+    """
+    if not manifest.shards:
+        rows = sum(file.rows or 0 for file in manifest.files)
+        raise SourceError(
+            f"{root}: the corpus has {rows} rows and none has text", next_step="name the text column with --text-column"
+        )
+    totals = [Count(index) for index in range(len(manifest.files))]
+    for count in itertools.chain(*(shard.ledger for shard in manifest.shards), manifest.tail):
+        totals[count.file].add(count)
+    manifest.ledger = [
+        FileLedger(
+            path=file.path,
+            rows=file.rows or 0,
+            documents=count.documents,
+            null=count.null,
+            empty=count.empty,
+            special=count.special,
+            unused=(file.rows or 0) - count.rows,
+        )
+        for file, count in zip(manifest.files, totals, strict=True)
+    ]
+    end = manifest.shards[-1].next_cursor
+    emitted = end.position + (end.offset > 0) + sum(count.rows for count in manifest.tail)
+    stopped = manifest.tokens == manifest.recipe.total_tokens
+    for entry in manifest.ledger:
+        if entry.unused < 0 or (entry.unused > 0 and not stopped):
+            raise LedgerError(
+                f"{root}: {entry.path}: {entry.rows} rows read, but {entry.documents} documents + {entry.null} null "
+                f"+ {entry.empty} empty = {entry.rows - entry.unused}",
+                next_step="report this with manifest.json; do not train on this data root",
+            )
+    counted = sum(entry.rows - entry.unused for entry in manifest.ledger)
+    if counted != emitted or sum(entry.documents for entry in manifest.ledger) != manifest.documents:
+        raise LedgerError(
+            f"{root}: {emitted} rows emitted and {manifest.documents} documents recorded, but the ledger has "
+            f"{counted} rows and {sum(entry.documents for entry in manifest.ledger)} documents",
+            next_step="report this with manifest.json; do not train on this data root",
+        )
+    manifest.complete = True
+    save(root, manifest)

@@ -1,50 +1,43 @@
-"""Pipeline: the only module that wires the stages together. A driver thread, encode tasks, a writer.
+"""Pipeline: the only module that wires the stages together.
 
 The driver keeps a bounded number of spans in flight, feeds their row counts to the order and their
-lengths to the window, and hands parts of shards to one writer thread. Only the writer touches files
-of the data root and the manifest.
+lengths to the window, and hands parts of shards to the writer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
 from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
-from tokenmill.errors import DataRootError, LedgerError, SourceChangedError, SourceError, StorageError, TokenizerError
-from tokenmill.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, TokenizerRecord
+from tokenmill.errors import SourceChangedError
+from tokenmill.manifest import Cursor, FileRecord, Manifest, TokenizerRecord
 from tokenmill.order import Rows, file_order, row_order
-from tokenmill.pack import Block, Part, Window, cut
+from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
 from tokenmill.recipe import Recipe
-from tokenmill.resume import drop_damaged, missing_ranges
-from tokenmill.shard import ShardWriter, tally
+from tokenmill.resume import drop_damaged, missing_ranges, refuse_foreign, refuse_other
 from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
+from tokenmill.writer import Writer
 
 log = logging.getLogger("tokenmill")
 
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte, which stays in the cache from gather to hash to write."""
-_SAVE_SECONDS = 1.0
-"""Between manifests, where shards are finished faster than that: what a kill then costs."""
-_WRITER_QUEUE = 64
-"""Parts that may wait for the writer."""
 
 
 class Progress(NamedTuple):
@@ -167,10 +160,10 @@ def pretokenize(
         revision = manifest.tokenizer.revision if manifest else None
         prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=revision)
         if manifest is None:
-            _refuse_foreign(root)
+            refuse_foreign(root)
             manifest = _new_manifest(prepared)
         else:
-            _refuse_other(root, manifest, prepared)
+            refuse_other(root, manifest, *prepared)
         job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
         remade = drop_damaged(root, manifest)
@@ -213,16 +206,6 @@ def _summary(
     )
 
 
-def _refuse_foreign(root: Path) -> None:
-    """A directory without a manifest must hold nothing we would write over."""
-    found = next((path for pattern in (layout.SHARD_GLOB, "documents_*.parquet") for path in root.glob(pattern)), None)
-    if found is not None:
-        raise DataRootError(
-            f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
-            next_step="choose another directory, or move those files away",
-        )
-
-
 def _new_manifest(prepared: Prepared) -> Manifest:
     recipe, corpus, encoder = prepared
     tokenizer = encoder.tokenizer
@@ -247,108 +230,23 @@ def _software(encoder: Encoder) -> dict[str, str]:
     return {name: version(name) for name in names} | {"engine": encoder.engine.version}
 
 
-def _refuse_other(root: Path, manifest: Manifest, prepared: Prepared) -> None:
-    """The data root must have been begun with the same recipe, tokenizer and corpus."""
-    recipe, corpus, encoder = prepared
-    choose = "choose another directory, or run with the recipe of this one (see its manifest.json)"
-    difference = manifest.recipe.difference(recipe)
-    if difference is not None:
-        raise DataRootError(f"{root}: made by another recipe: {difference}", next_step=choose)
-    expected, found = manifest.tokenizer.sha256, encoder.tokenizer.sha256
-    if expected != found:
-        raise DataRootError(
-            f"{root}: made with another tokenizer: tokenizer.json sha256 {expected} there, {found} here",
-            next_step=choose,
-        )
-    if manifest.tokenizer.probe != encoder.probe:
-        raise TokenizerError(
-            f"{root}: {encoder.engine.version} no longer gives the ids it gave when this data root was begun "
-            f"(with {manifest.software.get('engine')})",
-            next_step="install the versions named under software in manifest.json, then run again",
-        )
-    _refuse_changed_source(manifest, corpus)
-
-
-def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
-    sizes = {file.path: file.nbytes for file in corpus.files}
-    recorded = {file.path: file.nbytes for file in manifest.files}
-    for path in sorted(sizes.keys() | recorded.keys()):
-        expected, found = recorded.get(path), sizes.get(path)
-        if expected != found:
-            described = [f"{nbytes} bytes" if nbytes is not None else "no such file" for nbytes in (expected, found)]
-            raise SourceChangedError(
-                f"{corpus.root / path}: the source changed since this data root was begun: "
-                f"expected {described[0]}, found {described[1]}",
-                next_step="restore the file, or start in another directory",
-            )
-
-
-def _complete(root: Path, manifest: Manifest) -> None:
-    """Balance the ledger, per file; then the data set is complete.
-
-    Raises:
-        LedgerError: rows are missing or counted twice.
-        SourceError: no row had text.
-    """
-    if not manifest.shards:
-        rows = sum(file.rows or 0 for file in manifest.files)
-        raise SourceError(
-            f"{root}: the corpus has {rows} rows and none has text", next_step="name the text column with --text-column"
-        )
-    totals = [Count(index) for index in range(len(manifest.files))]
-    for count in itertools.chain(*(shard.ledger for shard in manifest.shards), manifest.tail):
-        totals[count.file].add(count)
-    manifest.ledger = [
-        FileLedger(
-            path=file.path,
-            rows=file.rows or 0,
-            documents=count.documents,
-            null=count.null,
-            empty=count.empty,
-            special=count.special,
-            unused=(file.rows or 0) - count.rows,
-        )
-        for file, count in zip(manifest.files, totals, strict=True)
-    ]
-    end = manifest.shards[-1].next_cursor
-    emitted = end.position + (end.offset > 0) + sum(count.rows for count in manifest.tail)
-    stopped = manifest.tokens == manifest.recipe.total_tokens
-    for entry in manifest.ledger:
-        if entry.unused < 0 or (entry.unused > 0 and not stopped):
-            raise LedgerError(
-                f"{root}: {entry.path}: {entry.rows} rows read, but {entry.documents} documents + {entry.null} null "
-                f"+ {entry.empty} empty = {entry.rows - entry.unused}",
-                next_step="report this with manifest.json; do not train on this data root",
-            )
-    counted = sum(entry.rows - entry.unused for entry in manifest.ledger)
-    if counted != emitted or sum(entry.documents for entry in manifest.ledger) != manifest.documents:
-        raise LedgerError(
-            f"{root}: {emitted} rows emitted and {manifest.documents} documents recorded, but the ledger has "
-            f"{counted} rows and {sum(entry.documents for entry in manifest.ledger)} documents",
-            next_step="report this with manifest.json; do not train on this data root",
-        )
-    manifest.complete = True
-    manifests.save(root, manifest)
-
-
 def _run(job: _Job, show: Show) -> int:
     """Make every shard the manifest does not prove; documents audited."""
     engine = ThreadEngine(job.workload.workers)
-    writer = _Writer(job)
+    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype)
     audited = 0
     try:
         for first, end in missing_ranges(job.manifest):
             driver = _Driver(job, engine, writer, show)
             driver.run(first, end)
             audited += driver.audited
-        writer.drain()
+        writer.close()
     except BaseException:
         engine.shutdown()
         writer.abandon()
         raise
     engine.shutdown()
-    writer.close()
-    _complete(job.root, job.manifest)
+    manifests.complete(job.root, job.manifest)
     return audited
 
 
@@ -364,7 +262,7 @@ class _Reading(NamedTuple):
 class _Driver:
     """Makes shards `first` to `end` (None: to the end of the stream)."""
 
-    def __init__(self, job: _Job, engine: TaskEngine, writer: _Writer, show: Show) -> None:
+    def __init__(self, job: _Job, engine: TaskEngine, writer: Writer, show: Show) -> None:
         recipe, self._corpus, self._encoder = job.prepared
         self._recipe = recipe
         self._manifest = job.manifest
@@ -514,126 +412,3 @@ class _Driver:
 
 def _encode_span(source: ParquetFile, span: Span, encoder: Encoder) -> EncodedSpan:
     return encoder.encode(source.read(span), where=str(source.path), first_row=span.first_row)
-
-
-class _Writer:
-    """Writes shards, in order, on a thread of its own, and the manifest after each.
-
-    Errors of that thread reach the driver at its next call.
-    """
-
-    def __init__(self, job: _Job) -> None:
-        self._root = job.root
-        self._manifest = job.manifest
-        self._recipe = job.prepared.recipe
-        self._dtype = job.prepared.encoder.dtype
-        self._paths = pa.array([file.path for file in job.manifest.files], pa.string())
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._waiting: deque[Future[None]] = deque()
-        self._shard: ShardWriter | None = None
-        self._idle: list[Count] = []
-        self._failed = False
-        self._save_due = 0.0
-        self.tokens = job.manifest.tokens
-        """Of the data set, handed over so far; likewise `documents`."""
-        self.documents = job.manifest.documents
-
-    def begin(self) -> None:
-        """Start a run of consecutive shards."""
-        self._submit(self._begin)
-
-    def append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
-        """Write a part whose first token is at `position` and whose end is `next_cursor`."""
-        self._submit(self._append, block, part, position, next_cursor)
-        self.tokens += part.tokens
-        self.documents += int(np.count_nonzero(block.length[part.first_start : part.end]))
-
-    def append_idle(self, rows: Block) -> None:
-        """Enter rows without text into the ledger of the shard that the next token goes to."""
-        if len(rows):
-            self._submit(self._append_idle, rows)
-
-    def end_of_corpus(self, cursor: Cursor) -> None:
-        """Finish the last shard, short as it may be."""
-        self._submit(self._end, cursor)
-
-    def drain(self) -> None:
-        """Wait until all is written."""
-        while self._waiting:
-            self._waiting.popleft().result()
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def abandon(self) -> None:
-        """Write what was handed over, for the sake of shards it completes; remove the shard in the making."""
-        self._pool.shutdown()
-        if self._shard is not None:
-            self._shard.discard()
-        # On a full disk this fails as well: the error that brought us here is the one to tell, and
-        # a shard without a record is made again.
-        with contextlib.suppress(StorageError):
-            self._save()
-
-    def _submit(self, task: Callable[..., None], *args: object) -> None:
-        self._waiting.append(self._pool.submit(self._unless_failed, task, *args))
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > _WRITER_QUEUE):
-            self._waiting.popleft().result()
-
-    def _unless_failed(self, task: Callable[..., None], *args: object) -> None:
-        """After an error nothing more is written: a shard must not close over a missing part."""
-        if self._failed:
-            return
-        self._failed = True
-        task(*args)
-        self._failed = False
-
-    def _begin(self) -> None:
-        self._idle = []
-
-    def _append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
-        if self._shard is None:
-            self._shard = self._open(part.shard)
-        self._shard.append(block, part, position)
-        if self._shard.is_full:
-            self._finish(next_cursor)
-
-    def _open(self, index: int) -> ShardWriter:
-        size, total = self._recipe.shard_size, self._recipe.total_tokens
-        tokens = size if total is None else min(size, total - index * size)
-        shard = ShardWriter(self._root, index, tokens=tokens, dtype=self._dtype, paths=self._paths)
-        shard.count(self._idle)
-        self._idle = []
-        return shard
-
-    def _append_idle(self, rows: Block) -> None:
-        counts = tally(rows)
-        if self._shard is None:
-            self._idle.extend(counts)
-        else:
-            self._shard.count(counts)
-
-    def _finish(self, next_cursor: Cursor) -> None:
-        assert self._shard is not None
-        record = self._shard.finish(next_cursor)
-        self._shard = None
-        self._manifest.add(record)
-        if time.monotonic() >= self._save_due:
-            self._save()
-        log.info(
-            "%s: %d tokens, %d documents, sha256 %s",
-            layout.shard_name(record.index),
-            record.tokens,
-            record.documents,
-            record.sha256,
-        )
-
-    def _save(self) -> None:
-        begin = time.monotonic()
-        manifests.save(self._root, self._manifest)
-        self._save_due = time.monotonic() + max(_SAVE_SECONDS, 10 * (time.monotonic() - begin))
-
-    def _end(self, cursor: Cursor) -> None:
-        if self._shard is not None:
-            self._finish(cursor)
-        self._manifest.tail = self._idle

@@ -1,6 +1,7 @@
-"""Resume: what an earlier run left → what is still to make. Reads only.
+"""Resume: what an earlier run left → whether to go on, and what is still to make. Reads only.
 
-A shard counts as done only if the manifest has its record and the file is the one recorded.
+A data root is gone on with only by the recipe, tokenizer and corpus it was begun with. A shard
+counts as done only if the manifest has its record and the file is the one recorded.
 """
 
 from __future__ import annotations
@@ -10,9 +11,58 @@ import logging
 from pathlib import Path
 
 from tokenmill import layout
+from tokenmill.encode import Encoder
+from tokenmill.errors import DataRootError, SourceChangedError, TokenizerError
 from tokenmill.manifest import Manifest, ShardRecord
+from tokenmill.recipe import Recipe
+from tokenmill.source import Corpus
 
 log = logging.getLogger("tokenmill")
+
+
+def refuse_foreign(root: Path) -> None:
+    """A directory without a manifest must hold nothing we would write over."""
+    found = next((path for pattern in (layout.SHARD_GLOB, "documents_*.parquet") for path in root.glob(pattern)), None)
+    if found is not None:
+        raise DataRootError(
+            f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
+            next_step="choose another directory, or move those files away",
+        )
+
+
+def refuse_other(root: Path, manifest: Manifest, recipe: Recipe, corpus: Corpus, encoder: Encoder) -> None:
+    """The data root must have been begun with the same recipe, tokenizer and corpus."""
+    choose = "choose another directory, or run with the recipe of this one (see its manifest.json)"
+    difference = manifest.recipe.difference(recipe)
+    if difference is not None:
+        raise DataRootError(f"{root}: made by another recipe: {difference}", next_step=choose)
+    expected, found = manifest.tokenizer.sha256, encoder.tokenizer.sha256
+    if expected != found:
+        raise DataRootError(
+            f"{root}: made with another tokenizer: tokenizer.json sha256 {expected} there, {found} here",
+            next_step=choose,
+        )
+    if manifest.tokenizer.probe != encoder.probe:
+        raise TokenizerError(
+            f"{root}: {encoder.engine.version} no longer gives the ids it gave when this data root was begun "
+            f"(with {manifest.software.get('engine')})",
+            next_step="install the versions named under software in manifest.json, then run again",
+        )
+    _refuse_changed_source(manifest, corpus)
+
+
+def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
+    sizes = {file.path: file.nbytes for file in corpus.files}
+    recorded = {file.path: file.nbytes for file in manifest.files}
+    for path in sorted(sizes.keys() | recorded.keys()):
+        expected, found = recorded.get(path), sizes.get(path)
+        if expected != found:
+            described = [f"{nbytes} bytes" if nbytes is not None else "no such file" for nbytes in (expected, found)]
+            raise SourceChangedError(
+                f"{corpus.root / path}: the source changed since this data root was begun: "
+                f"expected {described[0]}, found {described[1]}",
+                next_step="restore the file, or start in another directory",
+            )
 
 
 def drop_damaged(root: Path, manifest: Manifest) -> list[str]:

@@ -38,7 +38,7 @@ class ShardWriter:
         index: int,
         *,
         tokens: int,
-        dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
+        dtype: layout.TokenDType,
         paths: pa.Array,
     ) -> None:
         self._root = root
