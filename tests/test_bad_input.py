@@ -126,10 +126,11 @@ def test_a_document_of_200_megabytes(out: Path, tmp_path: Path) -> None:
 
 
 def test_source_that_vanishes_between_files(out: Path, corpus: Path) -> None:
-    """After planning, before it is read."""
+    """Planned, partly read, then gone."""
     recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), shard_size=2000, buffer_size=10)
-    with pytest.raises(errors.SourceError, match=r"c\.parquet: the file is gone") as caught:
-        pretokenize(recipe, out, begin=lambda plan: (corpus / "sub" / "c.parquet").unlink())
+    vanishing = corpus / "sub" / "c.parquet"
+    with pytest.raises(errors.SourceError, match=r"c\.parquet: .*the file is gone") as caught:
+        pretokenize(recipe, out, span_rows=3, workers=1, show=lambda _: vanishing.unlink(missing_ok=True))
     assert caught.value.exit_code == 3
 
 

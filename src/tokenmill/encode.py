@@ -6,7 +6,9 @@ documents is encoded by the reference engine too and must give the same tokens.
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -70,7 +72,6 @@ class Encoder:
 
     Raises:
         TokenizerError: the engine cannot take the tokenizer, or the dtype cannot hold its ids.
-        AuditError: the engines disagree on the probe.
     """
 
     def __init__(self, tokenizer: TokenizerFile, *, engine: str, special_in_text: str, dtype: str) -> None:
@@ -82,18 +83,27 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.dtype = token_dtype(dtype)
-        self._reference = HFEngine(tokenizer, special_in_text=special_in_text)
-        self.engine = self._choose(engine, special_in_text)
-        self._route_special = special_in_text == "text" and self.engine is not self._reference
+        self._special_in_text = special_in_text
+        self._loading = threading.Lock()
+        self.engine = self._choose(engine)
         self._added = _any_of([token.content for token in tokenizer.added_tokens])
         self._special = _any_of([token.content for token in tokenizer.added_tokens if token.special])
-        self.probe = self._run_probe()
 
-    def _choose(self, engine: str, special_in_text: str) -> Engine:
+    @functools.cached_property
+    def _loaded_reference(self) -> HFEngine:
+        return HFEngine(self.tokenizer, special_in_text=self._special_in_text)
+
+    @property
+    def _reference(self) -> HFEngine:
+        """Loaded when first needed: the fast engine can be at work meanwhile."""
+        with self._loading:
+            return self._loaded_reference
+
+    def _choose(self, engine: str) -> Engine:
         if engine == "hf":
             return self._reference
         try:
-            return _gigatoken(self.tokenizer, special_in_text)
+            return _gigatoken(self.tokenizer, self._special_in_text)
         except TokenizerError:
             if engine == "gigatoken":
                 raise
@@ -137,7 +147,7 @@ class Encoder:
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Encode; under the policy `text`, documents that hold a control-token string go to the reference."""
         ids, offsets = self.engine.encode(documents)
-        if not self._route_special or len(special) == 0:
+        if self._special_in_text == "parse" or self.engine.name == HFEngine.name or len(special) == 0:
             return ids, offsets
         pieces = [ids[offsets[i] : offsets[i + 1]] for i in range(len(documents))]
         routed_ids, routed_offsets = self._reference.encode(documents.take(pa.array(special)))
@@ -167,7 +177,7 @@ class Encoder:
         where: str,
     ) -> int:
         """Encode a sample with the reference engine; how many documents that were."""
-        if self.engine is self._reference or len(documents) == 0:
+        if self.engine.name == HFEngine.name or len(documents) == 0:
             return 0
         # Fibonacci hashing spreads consecutive rows evenly, the same for every span size.
         sampled = np.flatnonzero(
@@ -187,8 +197,14 @@ class Encoder:
                 raise _disagreement(f"{where}, row {rows[i]}", self.engine, self._reference, found, wanted)
         return len(chosen)
 
-    def _run_probe(self) -> dict[str, list[int]]:
-        """Ids of the fixed strings, and of each of the first control tokens inside a text."""
+    @functools.cached_property
+    def probe(self) -> dict[str, list[int]]:
+        """Ids of the fixed strings, and of each of the first control tokens inside a text.
+
+        Raises:
+            TokenizerError: the reference engine cannot take the tokenizer.
+            AuditError: the engines disagree.
+        """
         inside = [f"a{token.content}b {token.content}" for token in self.tokenizer.added_tokens[:8]]
         texts = pa.array([*PROBE, *inside], pa.large_string())
         special = self._matches(texts, self._special)

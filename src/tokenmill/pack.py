@@ -111,15 +111,6 @@ def cut(position: int, length: NDArray[np.int64], *, shard_size: int, stop: int 
         row, row_start = (last, last_start) if is_cut else (last + 1, part_end)
 
 
-class _Held(NamedTuple):
-    first_row: int
-    """In reading order over all files."""
-    file: int
-    row: int
-    """Row in the file of `first_row`."""
-    tokens: TokenArray
-
-
 class Window:
     """Encoded spans whose rows the order still holds.
 
@@ -128,84 +119,61 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._spans: list[_Held] = []
-        self._left: list[int] = []
-        self._first_rows = np.empty(0, np.int64)
+        self._tokens: list[TokenArray] = []
+        # Of each span: first row (of all), source file, row there, rows not yet taken.
+        self._spans = np.empty((4, 0), np.int64)
+        # Of each row from `_base` on: start in its span, length, flags; with room for more.
         self._base = 0
-        self._columns = _Columns.empty()
+        self._used = 0
+        self._rows = np.empty((3, 1024), np.int64)
         self.nbytes = 0
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._tokens)
 
     def add(self, first_row: int, file: int, row: int, encoded: EncodedSpan, *, pending: int) -> None:
         """Hold a span whose row 0 is `first_row` of all, and `row` of `file`, until `pending` rows are taken."""
-        if not self._spans:
-            self._base, self._columns = first_row, _Columns.empty()
-        gap = first_row - self._base - len(self._columns.length)
-        start = np.cumsum(encoded.lengths) - encoded.lengths
-        self._columns = self._columns.extended(gap, start, encoded.lengths, encoded.flags)
-        self._spans.append(_Held(first_row, file, row, encoded.tokens))
-        self._left.append(pending)
-        self._first_rows = np.append(self._first_rows, first_row)
+        if not self._tokens:
+            self._base = first_row
+        begin = first_row - self._base
+        end = begin + len(encoded.lengths)
+        self._make_room(end)
+        self._rows[0, begin:end] = np.cumsum(encoded.lengths) - encoded.lengths
+        self._rows[1, begin:end] = encoded.lengths
+        self._rows[2, begin:end] = encoded.flags
+        self._used = end
+        self._spans = np.hstack([self._spans, [[first_row], [file], [row], [pending]]])
+        self._tokens.append(encoded.tokens)
         self.nbytes += encoded.tokens.nbytes
 
+    def _make_room(self, rows: int) -> None:
+        """Room for so many rows from the base on, and as many again."""
+        if rows <= self._rows.shape[1]:
+            return
+        live = self._rows[:, : self._used]
+        self._rows = np.empty((3, 2 * rows), np.int64)
+        self._rows[:, : self._used] = live
+
     def take(self, rows: NDArray[np.int64]) -> Block:
-        """The block of these rows, shape `(n,)`; spans with no row left are let go (the block keeps what it needs)."""
-        span = np.searchsorted(self._first_rows, rows, side="right") - 1
-        local = rows - self._base
-        used, compact = np.unique(span, return_inverse=True)
-        held = [self._spans[i] for i in used]
-        first = np.array([h.first_row for h in held], np.int64)
-        block = Block(
-            [h.tokens for h in held],
-            compact,
-            self._columns.start[local],
-            self._columns.length[local],
-            self._columns.flags[local],
-            np.array([h.file for h in held], np.int64)[compact],
-            rows - first[compact] + np.array([h.row for h in held], np.int64)[compact],
-        )
-        self._release(span)
+        """The block of these rows, shape `(n,)`; spans with no row left are let go once it is."""
+        first_rows, files, file_rows, left = self._spans
+        span = np.searchsorted(first_rows, rows, side="right") - 1
+        start, length, flags = self._rows[:, rows - self._base]
+        file_row = rows - (first_rows - file_rows)[span]
+        block = Block(self._tokens, span, start, length, flags.astype(np.uint8), files[span], file_row)
+        left -= np.bincount(span, minlength=len(left))
+        if not left.all():
+            self._let_go(left > 0)
         return block
 
-    def _release(self, span: NDArray[np.int64]) -> None:
-        counts = np.bincount(span, minlength=len(self._spans))
-        for i in np.flatnonzero(counts):
-            self._left[i] -= int(counts[i])
-        keep = [i for i, left in enumerate(self._left) if left > 0]
-        if len(keep) == len(self._spans):
-            return
-        self.nbytes -= sum(h.tokens.nbytes for h, left in zip(self._spans, self._left, strict=True) if left == 0)
-        self._spans = [self._spans[i] for i in keep]
-        self._left = [self._left[i] for i in keep]
-        self._first_rows = self._first_rows[keep]
-        oldest = self._spans[0].first_row if self._spans else self._base + len(self._columns.length)
-        # Dropping rows copies the columns, so wait until at least half of them are dead.
-        if oldest - self._base > len(self._columns.length) // 2:
-            self._columns = self._columns.dropped(oldest - self._base)
-            self._base = oldest
-
-
-class _Columns(NamedTuple):
-    """Per-row facts of the window, by row number from its base."""
-
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-    flags: NDArray[np.uint8]
-
-    @staticmethod
-    def empty() -> _Columns:
-        return _Columns(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))
-
-    def extended(
-        self, gap: int, start: NDArray[np.int64], length: NDArray[np.int64], flags: NDArray[np.uint8]
-    ) -> _Columns:
-        return _Columns(
-            np.concatenate([self.start, np.zeros(gap, np.int64), start]),
-            np.concatenate([self.length, np.zeros(gap, np.int64), length]),
-            np.concatenate([self.flags, np.zeros(gap, np.uint8), flags]),
-        )
-
-    def dropped(self, rows: int) -> _Columns:
-        return _Columns(self.start[rows:].copy(), self.length[rows:].copy(), self.flags[rows:].copy())
+    def _let_go(self, keep: NDArray[np.bool_]) -> None:
+        # A new list: blocks taken before share the old one.
+        self._tokens = [tokens for tokens, kept in zip(self._tokens, keep.tolist(), strict=True) if kept]
+        self._spans = self._spans[:, keep]
+        self.nbytes = sum(tokens.nbytes for tokens in self._tokens)
+        dead = int(self._spans[0, 0]) - self._base if self._tokens else 0
+        # Dropping rows moves the others, so wait until half are dead.
+        if dead > self._used // 2:
+            self._used -= dead
+            self._rows[:, : self._used] = self._rows[:, dead : dead + self._used]
+            self._base += dead

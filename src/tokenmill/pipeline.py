@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
 from tokenmill.recipe import Recipe
-from tokenmill.resume import drop_damaged, missing_ranges, refuse_foreign, refuse_other
+from tokenmill.resume import agree_on_probe, drop_damaged, missing_ranges, refuse_foreign, refuse_other
 from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.writer import Writer
@@ -124,6 +124,7 @@ def plan(
 ) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it."""
     prepared = prepare(recipe, engine_tokenizer=engine_tokenizer)
+    _ = prepared.encoder.probe  # what a run would stop at
     return prepared, preflight(*prepared, root, workers=workers or available_cores())
 
 
@@ -168,16 +169,25 @@ def pretokenize(
         storage.remove_partials(root)
         remade = drop_damaged(root, manifest)
         if manifest.complete and not remade:
+            agree_on_probe(root, manifest, prepared.encoder)
             return _summary(job, "already complete", manifest.tokens, started)
         manifest.complete = False
         done = manifest.tokens
-        figures = preflight(*prepared, root, workers=workload.workers, done_tokens=done)
-        check_disk(figures, root)
-        begin(figures)
-        manifest.software = _software(prepared.encoder)
-        manifests.save(root, manifest)
-        audited = _run(job, show)
+        # The checks take as long as loading the reference engine does: encode the first spans meanwhile.
+        with ThreadPoolExecutor(1, thread_name_prefix="check") as aside:
+            checked = aside.submit(_check, job)
+            audited = _run(job, show, lambda: begin(checked.result()))
         return _summary(job, "complete", done, started, audited=audited, remade=remade)
+
+
+def _check(job: _Job) -> Preflight:
+    """What must hold before a byte is written; then the data root is ours."""
+    agree_on_probe(job.root, job.manifest, job.prepared.encoder)
+    figures = preflight(*job.prepared, job.root, workers=job.workload.workers, done_tokens=job.manifest.tokens)
+    check_disk(figures, job.root)
+    job.manifest.software = _software(job.prepared.encoder)
+    manifests.save(job.root, job.manifest)
+    return figures
 
 
 def _summary(
@@ -218,7 +228,7 @@ def _new_manifest(prepared: Prepared) -> Manifest:
             tokenizer.sha256,
             tokenizer.vocab_size,
             tokenizer.eos_id,
-            encoder.probe,
+            probe={},
         ),
         software=_software(encoder),
         files=[FileRecord(file.path, file.nbytes) for file in corpus.files],
@@ -230,7 +240,7 @@ def _software(encoder: Encoder) -> dict[str, str]:
     return {name: version(name) for name in names} | {"engine": encoder.engine.version}
 
 
-def _run(job: _Job, show: Show) -> int:
+def _run(job: _Job, show: Show, before_writing: Callable[[], None]) -> int:
     """Make every shard the manifest does not prove; documents audited."""
     engine = ThreadEngine(job.workload.workers)
     writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype)
@@ -238,7 +248,9 @@ def _run(job: _Job, show: Show) -> int:
     try:
         for first, end in missing_ranges(job.manifest):
             driver = _Driver(job, engine, writer, show)
-            driver.run(first, end)
+            driver.start(first, end)
+            before_writing()
+            driver.run()
             audited += driver.audited
         writer.close()
     except BaseException:
@@ -276,24 +288,30 @@ class _Driver:
         """Token of the stream at which the next row starts."""
         self._emitted = 0
         """Rows emitted before it."""
-        self._stop: int | None = None
-        self._first = 0
+        self._in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
         self.audited = 0
 
-    def run(self, first: int, end: int | None) -> None:
+    def start(self, first: int, end: int | None) -> None:
+        """Replay the order up to shard `first` and submit the first spans."""
         size = self._recipe.shard_size
         self._stop = min(filter(None, (self._recipe.total_tokens, end and end * size)), default=None)
         self._first = first
         cursor = self._manifest.cursor(first)
         self._position = self._manifest.position(first) - cursor.offset
         self._emitted = cursor.position
-        self._writer.begin()
         readings = self._readings()
-        rest, again = self._replay(readings, cursor)
-        encoded = self._encoded(self._work(again, readings))
-        for reading, pending, span in itertools.islice(encoded, len(again)):
+        self._rest, again = self._replay(readings, cursor)
+        self._again = len(again)
+        self._work = self._plan_work(again, readings)
+        self._submit_ahead()
+
+    def run(self) -> None:
+        """Go on to the end, handing parts to the writer."""
+        self._writer.begin()
+        encoded = self._encoded()
+        for reading, pending, span in itertools.islice(encoded, self._again):
             self._hold(reading, pending, span)
-        self._emit(rest)
+        self._emit(self._rest)
         for reading, pending, span in encoded:
             self._hold(reading, pending, span)
             self._emit(self._order.push(reading.span.rows))
@@ -355,7 +373,7 @@ class _Driver:
         self._source.keep_only([span for span in self._source.spans() if span not in done])
         return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]]
 
-    def _work(
+    def _plan_work(
         self, again: list[tuple[_Reading, int]], readings: Iterator[_Reading]
     ) -> Iterator[tuple[_Reading, int, ParquetFile]]:
         """What to encode, in reading order: a span, how many of its rows will be emitted, and its file."""
@@ -368,19 +386,21 @@ class _Driver:
         for reading in readings:
             yield reading, reading.span.rows, self._source
 
-    def _encoded(
-        self, work: Iterator[tuple[_Reading, int, ParquetFile]]
-    ) -> Iterator[tuple[_Reading, int, EncodedSpan]]:
-        """Encode ahead, a bounded number of spans, and yield them in reading order."""
-        in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
-        for reading, pending, source in work:
+    def _submit_ahead(self) -> None:
+        """Keep a bounded number of spans with the engine."""
+        for reading, pending, source in itertools.islice(
+            self._work, 2 * self._engine.workers + 1 - len(self._in_flight)
+        ):
             future = self._engine.submit(_encode_span, source, reading.span, self._encoder)
-            in_flight.append((reading, pending, future))
-            if len(in_flight) > 2 * self._engine.workers:
-                first, first_pending, first_future = in_flight.popleft()
-                yield first, first_pending, first_future.result()
-        for reading, pending, future in in_flight:
-            yield reading, pending, future.result()
+            self._in_flight.append((reading, pending, future))
+
+    def _encoded(self) -> Iterator[tuple[_Reading, int, EncodedSpan]]:
+        """Spans in reading order, as they are encoded."""
+        while self._in_flight:
+            reading, pending, future = self._in_flight.popleft()
+            encoded = future.result()
+            self._submit_ahead()
+            yield reading, pending, encoded
 
     def _hold(self, reading: _Reading, pending: int, encoded: EncodedSpan) -> None:
         self._window.add(reading.first_row, reading.file, reading.span.first_row, encoded, pending=pending)

@@ -42,13 +42,24 @@ def refuse_other(root: Path, manifest: Manifest, recipe: Recipe, corpus: Corpus,
             f"{root}: made with another tokenizer: tokenizer.json sha256 {expected} there, {found} here",
             next_step=choose,
         )
+    _refuse_changed_source(manifest, corpus)
+
+
+def agree_on_probe(root: Path, manifest: Manifest, encoder: Encoder) -> None:
+    """The fixed strings must give the ids they gave when the data root was begun; a new one learns them.
+
+    Raises:
+        TokenizerError: other ids.
+        AuditError: the engines disagree on them.
+    """
+    if not manifest.tokenizer.probe:
+        manifest.tokenizer.probe = encoder.probe
     if manifest.tokenizer.probe != encoder.probe:
         raise TokenizerError(
             f"{root}: {encoder.engine.version} no longer gives the ids it gave when this data root was begun "
             f"(with {manifest.software.get('engine')})",
             next_step="install the versions named under software in manifest.json, then run again",
         )
-    _refuse_changed_source(manifest, corpus)
 
 
 def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:

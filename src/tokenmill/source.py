@@ -23,7 +23,7 @@ from tokenmill.errors import SourceError
 
 SUFFIX = ".parquet"
 
-SPAN_TEXT_NBYTES = 6 << 20
+SPAN_TEXT_NBYTES = 4 << 20
 """Text per span: enough that gigatoken's per-call caches pay, little enough to stay in memory."""
 
 _MEND = "mend, replace or exclude the file, then run the same command again"
