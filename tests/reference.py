@@ -37,9 +37,12 @@ def rows_in_order(corpus: Path, *, order: str, buffer_size: int, seed: int) -> I
     return reservoir(rows, buffer_size, seed) if order == "buffer" else rows
 
 
-def documents(corpus: Path, tokenizer_json: Path, eos_id: int, **order: object) -> Iterator[tuple[str, int, list[int]]]:
+def documents(
+    corpus: Path, tokenizer_json: Path, eos_id: int, special_as_text: bool, **order: object
+) -> Iterator[tuple[str, int, list[int]]]:
     """(file, row, tokens with EOS) of every row with text, in output order."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    tokenizer.encode_special_tokens = special_as_text
     for name, row, text in rows_in_order(corpus, **order):
         if text:
             yield name, row, [*tokenizer.encode(text, add_special_tokens=False).ids, eos_id]

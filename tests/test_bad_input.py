@@ -144,6 +144,17 @@ def test_recipe_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
         fails(out, *given(corpus), "--recipe", recipe, code=2, message=message)
 
 
+def test_more_mistakes(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b'seed = "\xe9"')
+    fails(out, "--recipe", tmp_path / "latin.toml", code=2, message="cannot be read")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    (tmp_path / "c").mkdir()
+    pq.write_table(table, tmp_path / "c" / "a.parquet")
+    fails(out, *given(tmp_path / "c"), code=3, message="two columns are called 'text'")
+    with pytest.raises(errors.SourceError, match="the list of source files is empty"):
+        pretokenize(Recipe(dataset=(), tokenizer=str(TOKENIZER)), out)
+
+
 def test_tokenizer_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
     fails(out, "--dataset", corpus, "--tokenizer", tmp_path / "none", code=4, message="no such file or directory")
     fails(out, "--dataset", corpus, "--tokenizer", tmp_path, code=4, message=r"cannot read .*tokenizer\.json")
@@ -175,18 +186,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ballast_nbytes", [3_000_000, 4_000_000])
+def test_disk_that_fills_up(small_disk: Path, tmp_path: Path, ballast_nbytes: int) -> None:
     """ENOSPC in the middle of a shard: the partial file goes, earlier shards stay, a rerun completes."""
     write_parquet(tmp_path / "c" / "a.parquet", [f"number {i} " * 50 for i in range(4000)], row_group_size=100)
     recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), buffer_size=100, shard_size=100_000)
     pretokenize(recipe, tmp_path / "whole")
     root, ballast = small_disk / "out", small_disk / "ballast"
     with pytest.raises(errors.StorageError, match=r"cannot be written: No space left on device") as caught:
-        pretokenize(recipe, root, begin=lambda plan: ballast.write_bytes(bytes(3_000_000)))
+        pretokenize(recipe, root, begin=lambda plan: ballast.write_bytes(bytes(ballast_nbytes)))
     assert "make room on the disk" in caught.value.next_step
     kept = every_digest(root)
     whole = every_digest(tmp_path / "whole")
-    assert 0 < len(kept) < len(whole)
+    assert len(kept) < len(whole)
     assert kept.items() <= whole.items()
     assert not list(root.glob("*.partial"))
     ballast.unlink()
@@ -212,12 +224,13 @@ def test_a_failed_part_never_closes_a_shard(out: Path, corpus: Path, monkeypatch
     assert pretokenize(recipe, out).status == "complete"
 
 
-def test_read_only_root(tmp_path: Path, corpus: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    fails(blocked / "out", *given(corpus), code=6, message="cannot be written: Not a directory")
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere: the permission half of this test needs another user")
+def test_root_below_a_file(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails(tmp_path / "file" / "out", *given(corpus), code=6, message="cannot be written: Not a directory")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only file system below stands in")
+def test_read_only_directory(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     fails(tmp_path / "locked" / "out", *given(corpus), code=6, message="cannot be written: Permission denied")
 

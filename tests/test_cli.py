@@ -184,6 +184,18 @@ def test_interrupt_stops_cleanly_and_goes_on(tmp_path: Path, long_corpus: Path, 
     assert every_digest(out) == every_digest(tmp_path / "whole")
 
 
+def test_a_second_process_is_refused(tmp_path: Path, long_corpus: Path) -> None:
+    out = tmp_path / "out"
+    line = command("pretokenize", out, *options(long_corpus, "--shard-size", 200_000))
+    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "manifest.json").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = run_cli("pretokenize", out, *options(long_corpus, "--shard-size", 200_000))
+    assert (second.returncode, "another tokenmill process" in second.stderr) == (5, True)
+    assert first.wait(120) == 0
+
+
 def test_plain_progress_when_not_a_terminal(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,8 +114,11 @@ def test_invalid_utf8_names_the_row() -> None:
 
 def test_invalid_utf8_in_a_string_column() -> None:
     sneaky = pa.array([b"ok", b"\xc3\x28"]).view(pa.string())
+    for kind in (pa.string(), pa.large_string(), pa.string_view()):
+        with pytest.raises(SourceError, match="row 1"):
+            FAST.encode(sneaky.cast(kind), where="x.parquet", first_row=0)
     with pytest.raises(SourceError, match="row 1"):
-        FAST.encode(sneaky, where="x.parquet", first_row=0)
+        FAST.encode(sneaky.dictionary_encode(), where="x.parquet", first_row=0)
 
 
 def test_long_and_odd_documents() -> None:

@@ -85,6 +85,17 @@ def test_memory_does_not_grow_with_the_corpus_nor_the_shard(tmp_path: Path) -> N
     assert peaks[1] - peaks[0] < 30_000 * kibibytes, peaks
 
 
+def test_the_demo_tokenizer_is_what_its_script_makes() -> None:
+    """On the Python it was trained on; another one's library is another text, and the script says so."""
+    script = REPOSITORY / "scripts" / "train_demo_tokenizer.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert result.returncode == 0, result.stdout
+    if "not comparable" in result.stdout:
+        pytest.skip(result.stdout.strip())
+
+
 def test_no_credentials_paths_or_hosts_in_the_project() -> None:
     """What must never be committed: key-like strings and machine paths."""
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,6 +54,18 @@ def ordering(recipe: Recipe) -> dict:
     return {"order": recipe.order, "buffer_size": recipe.buffer_size, "seed": recipe.seed}
 
 
+class StopError(Exception):
+    """Raised in the middle of a run."""
+
+
+def stop_after(tokens: int) -> Callable[[pipeline.Progress], None]:
+    def show(progress: pipeline.Progress) -> None:
+        if progress.tokens >= tokens:
+            raise StopError
+
+    return show
+
+
 @pytest.mark.parametrize("case", golden("shards.json"), ids=lambda case: f"seed{case['seed']}-{case['tokens']}")
 @pytest.mark.parametrize(("workers", "span_rows"), [(1, None), (2, 137), (3, None), (7, 50)])
 def test_golden_shards(tmp_path: Path, case: dict, workers: int, span_rows: int | None) -> None:
@@ -78,6 +91,9 @@ ROWS = st.none() | st.just("") | st.text(max_size=30) | st.sampled_from(["</s>",
     seed=st.integers(0, 2**31),
     shard_size=st.integers(1, 90).map(lambda n: n * 7),
     total_tokens=st.none() | st.integers(1, 600),
+    special_in_text=st.sampled_from(["parse", "text"]),
+    dtype=st.sampled_from(["auto", "uint32"]),
+    stop=st.none() | st.integers(0, 900),
     row_group_size=st.integers(1, 30),
     span_rows=st.none() | st.integers(1, 12),
     workers=st.integers(1, 3),
@@ -89,6 +105,9 @@ def test_any_corpus_equals_the_slow_way(
     seed: int,
     shard_size: int,
     total_tokens: int | None,
+    special_in_text: str,
+    dtype: str,
+    stop: int | None,
     row_group_size: int,
     span_rows: int | None,
     workers: int,
@@ -107,18 +126,26 @@ def test_any_corpus_equals_the_slow_way(
             seed=seed,
             shard_size=shard_size,
             total_tokens=total_tokens,
+            special_in_text=special_in_text,
+            dtype=dtype,
         )
+        if stop is not None:
+            with contextlib.suppress(StopError):
+                pretokenize(recipe, root, show=stop_after(stop))
         pretokenize(recipe, root, workers=workers, span_rows=span_rows)
         check_against_reference(recipe, corpus, root)
 
 
 def check_against_reference(recipe: Recipe, corpus: Path, root: Path) -> None:
     """Tokens, file by file; the sidecar, document by document; the ledger, row by row."""
-    expected = list(documents(corpus, TOKENIZER / "tokenizer.json", EOS, **ordering(recipe)))
+    special_as_text = recipe.special_in_text == "text"
+    expected = list(documents(corpus, TOKENIZER / "tokenizer.json", EOS, special_as_text, **ordering(recipe)))
     stream = [token for _, _, tokens in expected for token in tokens][: recipe.total_tokens]
     for index, at in enumerate(range(0, len(stream), recipe.shard_size)):
         wanted = corpus.parent / "wanted.npy"
-        np.save(wanted, np.array(stream[at : at + recipe.shard_size], np.uint16))
+        np.save(
+            wanted, np.array(stream[at : at + recipe.shard_size], np.uint32 if recipe.dtype == "uint32" else np.uint16)
+        )
         assert (root / layout.shard_name(index)).read_bytes() == wanted.read_bytes()
     assert len(list(root.glob("train_*.npy"))) == -(-len(stream) // recipe.shard_size)
 
@@ -200,18 +227,6 @@ def test_large_row_groups_are_streamed_in_spans(tmp_path: Path, recipe: Recipe) 
         changed = msgspec.structs.replace(recipe, dataset=str(tmp_path / name))
         pretokenize(changed, tmp_path / f"out-{name}", workers=3, span_rows=span_rows)
     assert shard_digests(tmp_path / "out-big") == shard_digests(tmp_path / "out-small")
-
-
-class StopError(Exception):
-    """Raised in the middle of a run."""
-
-
-def stop_after(tokens: int) -> Callable[[pipeline.Progress], None]:
-    def show(progress: pipeline.Progress) -> None:
-        if progress.tokens >= tokens:
-            raise StopError
-
-    return show
 
 
 @pytest.mark.parametrize("order", ["buffer", "sequential"])
@@ -296,11 +311,11 @@ def test_copied_root_is_still_complete(tmp_path: Path, recipe: Recipe) -> None:
     ],
 )
 def test_another_recipe_is_refused(tmp_path: Path, recipe: Recipe, corpus: Path, field: str, value: object) -> None:
-    write_parquet(corpus / "a.parquet", ["x"] * 9, other=["y"] * 9)
-    for name in ("b", "d", "sub/c"):
-        write_parquet(corpus / f"{name}.parquet", ["x"], other=["y"])
+    for name in ("a", "b", "d", "sub/c"):
+        write_parquet(corpus / f"{name}.parquet", ["x"] * 20, other=["y"] * 20)
+    recipe = msgspec.structs.replace(recipe, shard_size=5)
     with pytest.raises(StopError):
-        pretokenize(recipe, tmp_path / "out", show=stop_after(1))
+        pretokenize(recipe, tmp_path / "out", show=stop_after(20))
     before = every_digest(tmp_path / "out")
     with pytest.raises(errors.DataRootError, match=f"made by another recipe: {field} = "):
         pretokenize(msgspec.structs.replace(recipe, **{field: value}), tmp_path / "out")
@@ -396,3 +411,91 @@ def test_unbalanced_ledger_fails(tmp_path: Path, recipe: Recipe, monkeypatch: py
     with pytest.raises(errors.LedgerError, match="rows"):
         pretokenize(recipe, tmp_path / "out")
     assert not manifest.load(tmp_path / "out").complete
+
+
+def test_a_remade_shard_that_is_another_is_refused(tmp_path: Path, recipe: Recipe, corpus: Path) -> None:
+    """The corpus was edited in place, same size and rows: no seam between old and new shards."""
+    path = corpus / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [f"the cat number {i:04}" for i in range(300)]}),
+        path,
+        compression="none",
+        use_dictionary=False,
+    )
+    recipe = msgspec.structs.replace(recipe, shard_size=500)
+    pretokenize(recipe, tmp_path / "out")
+    path.write_bytes(path.read_bytes().replace(b"the cat number 01", b"cats? not here 01"))
+    (tmp_path / "out" / layout.shard_name(1)).unlink()
+    for _ in range(2):
+        with pytest.raises(errors.SourceChangedError, match=r"train_000001\.npy: made again it is another shard"):
+            pretokenize(recipe, tmp_path / "out")
+        assert not (tmp_path / "out" / layout.shard_name(1)).exists()
+
+
+def test_a_refused_run_does_not_claim_the_root(tmp_path: Path, recipe: Recipe) -> None:
+    """What the error advises must then work in the same directory."""
+    for mistake in ({"text_column": "body"}, {"tokenizer": str(tmp_path)}):
+        with pytest.raises(errors.TokenmillError):
+            pretokenize(msgspec.structs.replace(recipe, **mistake), tmp_path / "out")
+    with pytest.raises(errors.StorageError):
+        pretokenize(recipe, tmp_path / "out", begin=_full)
+    assert pretokenize(msgspec.structs.replace(recipe, seed=9), tmp_path / "out").status == "complete"
+
+
+def _full(plan: object) -> None:
+    raise errors.StorageError("the disk is full", next_step="make room")
+
+
+def test_begin_is_called_once(tmp_path: Path, recipe: Recipe) -> None:
+    recipe = msgspec.structs.replace(recipe, shard_size=500)
+    calls: list[object] = []
+    pretokenize(recipe, tmp_path / "out", begin=calls.append)
+    for index in (1, 5):
+        (tmp_path / "out" / layout.shard_name(index)).unlink()
+    pretokenize(recipe, tmp_path / "out", begin=calls.append)
+    assert len(calls) == 2
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "movie.partial").write_text("mine")
+    pretokenize(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "movie.partial").read_text() == "mine"
+
+
+def test_a_recipe_made_in_python_is_checked(tmp_path: Path, recipe: Recipe) -> None:
+    for mistake in ({"order": "shuffle"}, {"dtype": "uint8"}, {"shard_size": 0}, {"seed": "x"}):
+        with pytest.raises(errors.RecipeError, match=next(iter(mistake))):
+            pretokenize(msgspec.structs.replace(recipe, **mistake), tmp_path / "out")
+
+
+def test_links_are_followed_and_dangling_ones_reported(tmp_path: Path, recipe: Recipe, corpus: Path) -> None:
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    (farm / "linked").symlink_to(corpus)
+    (corpus / "loop").symlink_to(farm)
+    summary = pretokenize(msgspec.structs.replace(recipe, dataset=str(farm)), tmp_path / "out")
+    assert summary.rows == 300
+    (farm / "z.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    with pytest.raises(errors.SourceError, match=r"z\.parquet: No such file"):
+        pretokenize(msgspec.structs.replace(recipe, dataset=str(farm)), tmp_path / "other")
+
+
+def test_repeated_texts_are_bounded_and_estimated(tmp_path: Path, recipe: Recipe) -> None:
+    """A dictionary stores them once: the footer says next to nothing of the text."""
+    write_parquet(tmp_path / "same" / "a.parquet", ["the very same text " * 50] * 20_000, row_group_size=20_000)
+    recipe = msgspec.structs.replace(recipe, dataset=str(tmp_path / "same"), shard_size=10**6)
+    prepared, figures = pipeline.plan(recipe, tmp_path / "out")
+    assert max(span.rows for span in prepared.corpus.open(0).spans()) <= 8192
+    summary = pretokenize(recipe, tmp_path / "out")
+    assert summary.tokens * 0.9 < figures.tokens < summary.tokens * 1.1
+
+
+def test_sidecar_row_groups_do_not_depend_on_spans(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenmill.shard._DOCUMENTS_ROW_GROUP", 16)
+    pretokenize(recipe, tmp_path / "a", span_rows=3)
+    pretokenize(recipe, tmp_path / "b", span_rows=50)
+    assert every_digest(tmp_path / "a") == every_digest(tmp_path / "b")
+    assert pq.ParquetFile(tmp_path / "a" / "documents_000000.parquet").num_row_groups > 1

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         log.error("%s", error)  # noqa: TRY400  # the traceback is of no use to a user
         click.echo(f"tokenmill: error: {error}", err=True)
         sys.exit(error.exit_code)
+    except _InterruptedError as stop:
+        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:
@@ -199,8 +201,13 @@ def demo(output: Path, workers: int | None) -> None:
     click.echo("\n".join(f"    {line}" for line in excerpt(root).splitlines()))
     click.echo(
         "\nNext, your own text (a directory of parquet files with a column 'text'):\n"
-        f"    tokenmill pretokenize data/ --dataset corpus/ --tokenizer {TOKENIZER} --dry-run"
+        f"    {_program()} pretokenize data/ --dataset corpus/ --tokenizer {TOKENIZER} --dry-run"
     )
+
+
+def _program() -> str:
+    """How to call this program again: by its path if it was called so."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "tokenmill" else "tokenmill"
 
 
 def _overrides(fields: dict[str, object]) -> dict[str, object]:

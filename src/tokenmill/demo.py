@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from tokenmill import layout
 from tokenmill.encode_hf import HFEngine
 from tokenmill.recipe import Recipe, load_recipe
+from tokenmill.storage import reported
 from tokenmill.tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).parent / "demo_tokenizer"
@@ -38,13 +40,18 @@ def library_texts() -> Iterator[tuple[str, str]]:
 
 
 def write_corpus(folder: Path) -> None:
-    """The standard library as parquet files with the columns `text` and `path`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The standard library as parquet files with the columns `text` and `path`; all of them or none."""
+    partial = folder.with_name(folder.name + layout.PARTIAL_SUFFIX)
     documents = list(library_texts())
-    for index in range(_FILES):
-        part = documents[index::_FILES]
-        table = pa.table({"text": [text for _, text in part], "path": [name for name, _ in part]})
-        pq.write_table(table, folder / f"part-{index:05d}.parquet", compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+    with reported(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for index in range(_FILES):
+            part = documents[index::_FILES]
+            table = pa.table({"text": [text for _, text in part], "path": [name for name, _ in part]})
+            file = partial / f"part-{index:05d}.parquet"
+            pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+        partial.replace(folder)
 
 
 def demo_recipe(corpus: Path) -> Recipe:

@@ -249,15 +249,20 @@ def _validated(texts: pa.Array, where: str, first_row: int) -> pa.LargeStringArr
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
     try:
-        if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
-            texts.validate(full=True)
-        return texts.cast(pa.large_string())
+        strings = texts.cast(pa.large_string())  # checks what was binary
+        if not _is_binary(texts.type):
+            strings.validate(full=True)
     except pa.ArrowInvalid:
-        row = _first_invalid_row(texts)
+        row = _first_invalid_row(texts if _is_binary(texts.type) else texts.cast(pa.large_string()))
         raise SourceError(
             f"{where}: row {first_row + row}: the text is not valid UTF-8",
             next_step="re-encode the file, or drop the row, and run the same command again",
         ) from None
+    return strings
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def _first_invalid_row(texts: pa.Array) -> int:

@@ -28,7 +28,7 @@ def fetch_tokenizer(name: str, revision: str | None) -> Fetched:
         TokenizerError: unknown, private, without `tokenizer.json`, or out of reach.
     """
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", revision=revision))
@@ -47,9 +47,9 @@ def fetch_tokenizer(name: str, revision: str | None) -> Fetched:
             f"tokenizer {name}: the repository has no tokenizer.json",
             next_step="convert it with transformers (AutoTokenizer, save_pretrained) and give that directory",
         ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # the client passes on whatever its transport raises
         raise TokenizerError(
-            f"tokenizer {name}: the hub refused it: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"tokenizer {name}: the hub refused it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
             next_step="check the name; for a private or gated repository set HF_TOKEN; or give a local directory",
         ) from None
     return Fetched(path, commit)

@@ -18,6 +18,7 @@ LOCK = ".tokenmill.lock"
 LOG = "tokenmill.log"
 PARTIAL_SUFFIX = ".partial"
 SHARD_GLOB = "train_*.npy"
+DOCUMENTS_GLOB = "documents_*.parquet"
 
 NPY_HEADER_NBYTES = 128
 """Of the header of any 1-D array (NumPy pads to multiples of 64; a 1-D header takes 2)."""

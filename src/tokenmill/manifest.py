@@ -115,6 +115,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     files: list[FileRecord]
     """In path order."""
     shards: list[ShardRecord] = []
+    damaged: list[ShardRecord] = []
+    """Records of shards whose files are no longer theirs: what making them again must give."""
     tokens: int = 0
     documents: int = 0
     tail: list[Count] = []
@@ -122,8 +124,14 @@ class Manifest(msgspec.Struct, kw_only=True):
     ledger: list[FileLedger] = []
     """Set when the data set is complete."""
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether any shard was made."""
+        return bool(self.shards or self.damaged)
+
     def add(self, record: ShardRecord) -> None:
         """Enter a finished shard."""
+        self.damaged = [shard for shard in self.damaged if shard.index != record.index]
         bisect.insort(self.shards, record, key=lambda shard: shard.index)
         self.tokens += record.tokens
         self.documents += record.documents
@@ -133,6 +141,10 @@ class Manifest(msgspec.Struct, kw_only=True):
         at = bisect.bisect_left(self.shards, index, key=lambda shard: shard.index)
         found = self.shards[at : at + 1]
         return found[0] if found and found[0].index == index else None
+
+    def expected(self, index: int) -> ShardRecord | None:
+        """What shard `index` was when it was made before, if it was."""
+        return next((shard for shard in self.damaged if shard.index == index), None)
 
     def cursor(self, index: int) -> Cursor:
         """Where shard `index` begins in the output order; the shard before it must be finished."""
@@ -175,8 +187,17 @@ def load(root: Path) -> Manifest | None:
 
 def save(root: Path, manifest: Manifest) -> None:
     """Replace the manifest atomically."""
-    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    storage.write_whole(root / layout.MANIFEST, data + b"\n")
+    storage.write_whole(root / layout.MANIFEST, _encode(manifest))
+
+
+def save_if_changed(root: Path, manifest: Manifest) -> None:
+    """Replace the manifest unless it is stored as it is."""
+    if (root / layout.MANIFEST).read_bytes() != _encode(manifest):
+        save(root, manifest)
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
 def complete(root: Path, manifest: Manifest) -> None:

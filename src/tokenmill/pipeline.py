@@ -28,8 +28,8 @@ from tokenmill.manifest import Cursor, FileRecord, Manifest, TokenizerRecord
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
-from tokenmill.recipe import Recipe
-from tokenmill.resume import agree_on_probe, drop_damaged, missing_ranges, refuse_foreign, refuse_other
+from tokenmill.recipe import Recipe, checked
+from tokenmill.resume import agree_on_probe, missing_ranges, refuse_foreign, refuse_other, set_damaged_aside
 from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.writer import Writer
@@ -109,8 +109,9 @@ def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | N
     """Find the corpus, load the tokenizer, resolve what the recipe leaves open.
 
     Raises:
-        SourceError, TokenizerError, AuditError: as those stages say.
+        RecipeError, SourceError, TokenizerError: as those stages say.
     """
+    recipe = checked(recipe)
     corpus = find_corpus(recipe.dataset, recipe.text_column)
     tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
     dtype = layout.smallest_dtype(tokenizer.vocab_size) if recipe.dtype == "auto" else recipe.dtype
@@ -122,10 +123,16 @@ def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | N
 def plan(
     recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto"
 ) -> tuple[Prepared, Preflight]:
-    """What `pretokenize` would do, without doing it."""
-    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer)
+    """What `pretokenize` would do, without doing it; raises what it would raise before it begins."""
+    manifest = manifests.load(root)
+    if manifest is not None and not manifest.is_begun:
+        manifest = None
+    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+    if manifest is not None:
+        refuse_other(root, manifest, *prepared)
     _ = prepared.encoder.probe  # what a run would stop at
-    return prepared, preflight(*prepared, root, workers=workers or available_cores())
+    done_tokens = manifest.tokens if manifest else 0
+    return prepared, preflight(*prepared, root, workers=workers or available_cores(), done_tokens=done_tokens)
 
 
 def pretokenize(
@@ -158,18 +165,21 @@ def pretokenize(
     workload = Workload(workers or available_cores(), span_rows)
     with storage.held(root):
         manifest = manifests.load(root)
-        revision = manifest.tokenizer.revision if manifest else None
-        prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=revision)
         if manifest is None:
             refuse_foreign(root)
+        elif not manifest.is_begun:  # nothing made yet: nothing to agree with
+            manifest = None
+        prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+        if manifest is None:
             manifest = _new_manifest(prepared)
         else:
             refuse_other(root, manifest, *prepared)
         job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
-        remade = drop_damaged(root, manifest)
+        remade = set_damaged_aside(root, manifest)
         if manifest.complete and not remade:
             agree_on_probe(root, manifest, prepared.encoder)
+            manifests.save_if_changed(root, manifest)  # modification times, if the root was copied
             return _summary(job, "already complete", manifest.tokens, started)
         manifest.complete = False
         done = manifest.tokens
@@ -178,6 +188,13 @@ def pretokenize(
             checked = aside.submit(_check, job)
             audited = _run(job, show, lambda: begin(checked.result()))
         return _summary(job, "complete", done, started, audited=audited, remade=remade)
+
+
+def _pinned(manifest: Manifest | None, recipe: Recipe) -> str | None:
+    """The hub commit that an earlier run resolved the recipe's tokenizer to."""
+    if manifest is None or manifest.tokenizer.name != recipe.tokenizer:
+        return None
+    return manifest.tokenizer.revision
 
 
 def _check(job: _Job) -> Preflight:
@@ -246,10 +263,14 @@ def _run(job: _Job, show: Show, before_writing: Callable[[], None]) -> int:
     writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype)
     audited = 0
     try:
-        for first, end in missing_ranges(job.manifest):
-            driver = _Driver(job, engine, writer, show)
-            driver.start(first, end)
-            before_writing()
+        ranges = missing_ranges(job.manifest)
+        drivers = [_Driver(job, first, end, engine, writer=writer, show=show) for first, end in ranges]
+        if drivers:
+            drivers[0].start()
+        before_writing()
+        for number, driver in enumerate(drivers):
+            if number:
+                driver.start()
             driver.run()
             audited += driver.audited
         writer.close()
@@ -274,7 +295,9 @@ class _Reading(NamedTuple):
 class _Driver:
     """Makes shards `first` to `end` (None: to the end of the stream)."""
 
-    def __init__(self, job: _Job, engine: TaskEngine, writer: Writer, show: Show) -> None:
+    def __init__(
+        self, job: _Job, first: int, end: int | None, engine: TaskEngine, *, writer: Writer, show: Show
+    ) -> None:
         recipe, self._corpus, self._encoder = job.prepared
         self._recipe = recipe
         self._manifest = job.manifest
@@ -284,23 +307,21 @@ class _Driver:
         self._show = show
         self._order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
         self._window = Window()
-        self._position = 0
+        self._first = first
+        size, total = recipe.shard_size, recipe.total_tokens
+        self._stop = min(filter(None, (total, end and end * size)), default=None)
+        self._cursor = job.manifest.cursor(first)
+        self._position = job.manifest.position(first) - self._cursor.offset
         """Token of the stream at which the next row starts."""
-        self._emitted = 0
+        self._emitted = self._cursor.position
         """Rows emitted before it."""
         self._in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
         self.audited = 0
 
-    def start(self, first: int, end: int | None) -> None:
-        """Replay the order up to shard `first` and submit the first spans."""
-        size = self._recipe.shard_size
-        self._stop = min(filter(None, (self._recipe.total_tokens, end and end * size)), default=None)
-        self._first = first
-        cursor = self._manifest.cursor(first)
-        self._position = self._manifest.position(first) - cursor.offset
-        self._emitted = cursor.position
+    def start(self) -> None:
+        """Replay the order up to the first shard and submit the first spans."""
         readings = self._readings()
-        self._rest, again = self._replay(readings, cursor)
+        self._rest, again = self._replay(readings, self._cursor)
         self._again = len(again)
         self._work = self._plan_work(again, readings)
         self._submit_ahead()

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -66,8 +67,10 @@ def preflight(
             f"{corpus.root}: {len(sizes)} files with no rows at all",
             next_step="give the directory of a corpus that has text",
         )
-    tokens_per_nbyte, tokens_per_second = _sample(corpus, opened, encoder)
-    corpus_tokens = round(text_nbytes * tokens_per_nbyte)
+    sample = _sample(opened, encoder)
+    if text_nbytes * 4 < rows * sample.row_nbytes:  # a dictionary holds repeated texts once
+        text_nbytes = rows * sample.row_nbytes
+    corpus_tokens = round(text_nbytes * sample.tokens_per_nbyte)
     tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
     itemsize = encoder.dtype.itemsize
     share = tokens / max(1, corpus_tokens)
@@ -86,7 +89,7 @@ def preflight(
         estimated_memory_nbytes=_BASE_MEMORY_NBYTES
         + (2 * workers + 2) * SPAN_TEXT_NBYTES * _MEMORY_PER_TEXT
         + round(_held_rows(recipe, rows, text_nbytes / rows) * corpus_tokens / rows * itemsize),
-        estimated_seconds=max(0, tokens - done_tokens) / (tokens_per_second * workers),
+        estimated_seconds=max(0, tokens - done_tokens) / (sample.tokens_per_second * workers),
     )
 
 
@@ -104,9 +107,16 @@ def check_disk(plan: Preflight, root: Path) -> None:
         )
 
 
-def _sample(corpus: Corpus, opened: list[ParquetFile], encoder: Encoder) -> tuple[float, float]:
-    """Tokens per byte of text, and tokens per second of one thread."""
-    nbytes = tokens = 0
+class _Sample(NamedTuple):
+    row_nbytes: float
+    tokens_per_nbyte: float
+    tokens_per_second: float
+    """Of one thread."""
+
+
+def _sample(opened: list[ParquetFile], encoder: Encoder) -> _Sample:
+    """Encode the first rows of a few files."""
+    rows = nbytes = tokens = 0
     seconds = 0.0
     filled = [file for file in opened if file.rows]
     for index in _spread(len(filled), _SAMPLES):
@@ -115,9 +125,10 @@ def _sample(corpus: Corpus, opened: list[ParquetFile], encoder: Encoder) -> tupl
         begin = time.perf_counter()
         encoded = encoder.encode(text, where=str(file.path), first_row=0)
         seconds += time.perf_counter() - begin
+        rows += len(text)
         nbytes += encoded.text_nbytes
         tokens += len(encoded.tokens)
-    return tokens / max(1, nbytes), tokens / max(1e-9, seconds) or 1.0
+    return _Sample(nbytes / rows, tokens / max(1, nbytes), max(1, tokens) / max(1e-9, seconds))
 
 
 def _held_rows(recipe: Recipe, rows: int, row_nbytes: float) -> float:

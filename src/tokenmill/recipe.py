@@ -96,11 +96,23 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
         ) from None
 
 
+def checked(recipe: Recipe) -> Recipe:
+    """The same recipe, its fields validated: a constructor call is not.
+
+    Raises:
+        RecipeError: a wrong type or value.
+    """
+    return load_recipe(None, msgspec.to_builtins(recipe))
+
+
 def _read_toml(source: str) -> dict[str, object]:
     if source in builtin_recipes():
         text = (resources.files("tokenmill") / "recipes" / f"{source}.toml").read_text("utf-8")
     elif Path(source).is_file():
-        text = Path(source).read_text("utf-8")
+        try:
+            text = Path(source).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {source}: cannot be read: {error}", next_step="correct the file") from None
     else:
         raise RecipeError(
             f"recipe {source}: neither a built-in recipe nor a file",

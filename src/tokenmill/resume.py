@@ -22,7 +22,7 @@ log = logging.getLogger("tokenmill")
 
 def refuse_foreign(root: Path) -> None:
     """A directory without a manifest must hold nothing we would write over."""
-    found = next((path for pattern in (layout.SHARD_GLOB, "documents_*.parquet") for path in root.glob(pattern)), None)
+    found = next((path for pattern in (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB) for path in root.glob(pattern)), None)
     if found is not None:
         raise DataRootError(
             f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
@@ -76,24 +76,22 @@ def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
             )
 
 
-def drop_damaged(root: Path, manifest: Manifest) -> list[str]:
-    """Strike shards from the manifest whose files are missing, torn or foreign; those files' names.
+def set_damaged_aside(root: Path, manifest: Manifest) -> list[str]:
+    """Move the records of shards whose files are missing, torn or foreign to `damaged`; those files' names.
 
     A shard whose size and modification time are as recorded is trusted; another is hashed.
     """
-    damaged: list[str] = []
-    kept: list[ShardRecord] = []
-    for record in manifest.shards:
+    names: list[str] = []
+    records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
+    for record in records:
         name = _damaged_file(root, record, layout.token_dtype(manifest.recipe.dtype).itemsize)
         if name is None:
-            kept.append(record)
+            manifest.add(record)
         else:
-            damaged.append(name)
+            names.append(name)
+            manifest.damaged.append(record)
             log.warning("%s is missing or not the file the manifest records; its shard will be made again", name)
-    manifest.shards, manifest.tokens, manifest.documents = [], 0, 0
-    for record in kept:
-        manifest.add(record)
-    return damaged
+    return names
 
 
 def _damaged_file(root: Path, record: ShardRecord, itemsize: int) -> str | None:
@@ -104,8 +102,10 @@ def _damaged_file(root: Path, record: ShardRecord, itemsize: int) -> str | None:
         return shard
     if stat.st_size != layout.NPY_HEADER_NBYTES + record.tokens * itemsize:
         return shard
-    if stat.st_mtime_ns != record.mtime_ns and _sha256(root / shard) != record.sha256:
-        return shard
+    if stat.st_mtime_ns != record.mtime_ns:
+        if _sha256(root / shard) != record.sha256:
+            return shard
+        record.mtime_ns = stat.st_mtime_ns
     if not (root / documents).is_file() or _sha256(root / documents) != record.documents_sha256:
         return documents
     return None

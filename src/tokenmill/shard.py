@@ -16,9 +16,20 @@ from numpy.typing import NDArray
 
 from tokenmill import layout
 from tokenmill.encode import EMPTY, NULL, SPECIAL
+from tokenmill.errors import SourceChangedError, StorageError
 from tokenmill.manifest import Count, Cursor, ShardRecord
 from tokenmill.pack import Block, Part
-from tokenmill.storage import AtomicFile
+from tokenmill.storage import AtomicFile, write_whole
+
+_DOCUMENTS_SCHEMA = pa.schema(
+    {
+        "start": pa.int64(),
+        "tokens": pa.int64(),
+        "source": pa.dictionary(pa.int32(), pa.string()),
+        "row": pa.int64(),
+    }
+)
+_DOCUMENTS_ROW_GROUP = 1 << 18
 
 
 class ShardWriter:
@@ -42,16 +53,20 @@ class ShardWriter:
         paths: pa.Array,
     ) -> None:
         self._root = root
-        self._index = index
+        self.index = index
         self._expected = tokens
         self._dtype = dtype
         self._paths = paths
         self._tokens = 0
-        self._documents: list[tuple[NDArray[np.int64], ...]] = []
+        self._documents = Documents(root / layout.documents_name(index), paths)
         self._ledger: dict[int, Count] = {}
         self._file = AtomicFile(root / layout.shard_name(index))
         self._sha256 = hashlib.sha256()
-        self._write(layout.npy_header(dtype, tokens))
+        try:
+            self._write(layout.npy_header(dtype, tokens))
+        except StorageError:
+            self.discard()
+            raise
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
@@ -79,45 +94,83 @@ class ShardWriter:
     def _note_documents(self, rows: Block, first_start: int, skip_first: bool) -> None:
         starts = first_start + np.cumsum(rows.length) - rows.length
         found = np.flatnonzero(rows.length > 0)[int(skip_first) :]
-        self._documents.append((starts[found], rows.length[found], rows.file[found], rows.row[found]))
+        self._documents.append(starts[found], rows.length[found], rows.file[found], rows.row[found])
 
-    def finish(self, next_cursor: Cursor) -> ShardRecord:
-        """Publish the sidecar, then the shard; its record."""
+    def finish(self, next_cursor: Cursor, expected: ShardRecord | None) -> ShardRecord:
+        """Publish the sidecar, then the shard; its record.
+
+        Raises:
+            SourceChangedError: the shard was made before and is another now. It is not published.
+        """
         if self._tokens < self._expected:
             header = layout.npy_header(self._dtype, self._tokens)
             self._file.overwrite(0, header)
             with self._file.read_back() as written:
                 self._sha256 = hashlib.file_digest(written, "sha256")
-        columns = [np.concatenate(column) for column in zip(*self._documents, strict=True)]
-        documents_sha256 = self._write_documents(*columns)
+        sha256 = self._sha256.hexdigest()
+        if expected is not None and (sha256, next_cursor) != (expected.sha256, expected.next_cursor):
+            raise SourceChangedError(
+                f"{self._file.path}: made again it is another shard: expected sha256 {expected.sha256}, found {sha256}",
+                next_step="the text of the corpus changed since: restore it, or start in another directory",
+            )
+        documents_sha256 = self._documents.publish()
         self._file.publish()
         return ShardRecord(
-            index=self._index,
+            index=self.index,
             tokens=self._tokens,
-            sha256=self._sha256.hexdigest(),
-            documents=len(columns[0]),
+            sha256=sha256,
+            documents=self._documents.count,
             documents_sha256=documents_sha256,
             next_cursor=next_cursor,
             mtime_ns=self._file.path.stat().st_mtime_ns,
             ledger=[self._ledger[file] for file in sorted(self._ledger)],
         )
 
-    def _write_documents(
-        self, start: NDArray[np.int64], length: NDArray[np.int64], file: NDArray[np.int64], row: NDArray[np.int64]
-    ) -> str:
-        used, index = np.unique(file, return_inverse=True)
-        source = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), self._paths.take(pa.array(used)))
-        table = pa.table({"start": start, "tokens": length, "source": source, "row": row})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        data = memoryview(sink.getvalue())
-        with AtomicFile(self._root / layout.documents_name(self._index)) as out:
-            out.write(data)
-        return hashlib.sha256(data).hexdigest()
-
     def discard(self) -> None:
         """Remove what was written of the shard."""
         self._file.discard()
+
+
+class Documents:
+    """The documents sidecar in the making; memory holds one row group and the compressed rest."""
+
+    def __init__(self, path: Path, paths: pa.Array) -> None:
+        self._path = path
+        self._paths = paths
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, _DOCUMENTS_SCHEMA, compression="zstd")
+        self._waiting: list[NDArray[np.int64]] = []
+        self._waiting_rows = 0
+        self.count = 0
+
+    def append(
+        self, start: NDArray[np.int64], tokens: NDArray[np.int64], file: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> None:
+        """Note documents, arrays of shape `(documents,)`."""
+        self._waiting.append(np.stack([start, tokens, file, row]))
+        self.count += len(start)
+        self._waiting_rows += len(start)
+        while self._waiting_rows >= _DOCUMENTS_ROW_GROUP:
+            self._write(_DOCUMENTS_ROW_GROUP)
+
+    def _write(self, rows: int) -> None:
+        """Write the first `rows` documents that wait: where row groups end must not depend on blocks."""
+        waiting = np.hstack(self._waiting)
+        start, tokens, file, row = waiting[:, :rows]
+        used, index = np.unique(file, return_inverse=True)
+        source = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), self._paths.take(pa.array(used)))
+        self._writer.write_table(pa.table([start, tokens, source, row], schema=_DOCUMENTS_SCHEMA), row_group_size=rows)
+        self._waiting = [waiting[:, rows:]]
+        self._waiting_rows -= rows
+
+    def publish(self) -> str:
+        """Write the file; its SHA-256."""
+        if self._waiting_rows:
+            self._write(self._waiting_rows)
+        self._writer.close()
+        data = memoryview(self._sink.getvalue())
+        write_whole(self._path, data)
+        return hashlib.sha256(data).hexdigest()
 
 
 def tally(rows: Block) -> list[Count]:

@@ -26,6 +26,11 @@ SUFFIX = ".parquet"
 SPAN_TEXT_NBYTES = 4 << 20
 """Text per span: enough that gigatoken's per-call caches pay, little enough to stay in memory."""
 
+_SPAN_MAX_ROWS = 8192
+"""Where the footer misleads about the text (a dictionary holds repeated values once)."""
+_READ_NBYTES = 1 << 20
+"""Read at once from a column chunk, which may be as large as the file."""
+
 _MEND = "mend, replace or exclude the file, then run the same command again"
 
 
@@ -77,21 +82,21 @@ def find_corpus(dataset: str | Sequence[str], text_column: str) -> Corpus:
 
 def _expand(patterns: list[str]) -> tuple[Path, list[Path]]:
     """The folder names are relative to, and the files."""
+    if not patterns:
+        raise SourceError("the list of source files is empty", next_step="name the corpus with --dataset")
     if len(patterns) == 1 and Path(patterns[0]).is_dir():
         root = Path(patterns[0]).absolute()
-        found = [path for path in root.rglob(f"*{SUFFIX}") if path.is_file()]
-        if not found:
-            raise SourceError(f"{root}: no *{SUFFIX} files in it", next_step="give the directory that holds them")
-        return root, found
+        return root, _files_below(root)
     paths: list[Path] = []
     for pattern in patterns:
-        if Path(pattern).is_file():
-            matches = [pattern]
-        else:
-            matches = [match for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
-        if not matches:
+        if Path(pattern).is_dir():
+            paths.extend(_files_below(Path(pattern).absolute()))
+            continue
+        matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        named = [Path(match).absolute() for match in matches if not Path(match).is_dir()]
+        if not named:
             raise SourceError(f"{pattern}: no such file or directory, and no file matches it", next_step=_hint(pattern))
-        paths.extend(Path(match).absolute() for match in matches)
+        paths.extend(named)
     other = next((path for path in paths if path.suffix != SUFFIX), None)
     if other is not None:
         raise SourceError(
@@ -99,6 +104,19 @@ def _expand(patterns: list[str]) -> tuple[Path, list[Path]]:
             next_step="name parquet files only, for example with the glob '*.parquet'",
         )
     return Path(os.path.commonpath([path.parent for path in paths])), paths
+
+
+def _files_below(root: Path) -> list[Path]:
+    """Every file that is named like one of ours, links followed; a dangling one is found to be so later."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in seen]
+        seen.update(os.path.realpath(f"{folder}/{name}") for name in folders)
+        found.extend(Path(folder, name) for name in names if name.endswith(SUFFIX))
+    if not found:
+        raise SourceError(f"{root}: no *{SUFFIX} files in it", next_step="give the directory that holds them")
+    return found
 
 
 def _hint(pattern: str) -> str:
@@ -124,7 +142,7 @@ class ParquetFile:
 
     def __init__(self, path: Path, text_column: str, span_rows: int | None = None) -> None:
         self.path = path
-        self._column = text_column
+        self.column = text_column
         self._span_rows = span_rows
         try:
             with pq.ParquetFile(path) as file:
@@ -137,17 +155,20 @@ class ParquetFile:
         self._check_column()
         self.rows = int(self._metadata.num_rows)
         self._units = list(self._plan_units())
-        self._wanted: frozenset[Span] | None = None
+        self.wanted: frozenset[Span] | None = None
+        """The spans that will be read; None: all."""
         self._readers: dict[int, _UnitReader] = {}
         self._lock = threading.Lock()
 
     def _check_column(self) -> None:
-        if self._column not in self._schema.names:
+        if self.column not in self._schema.names:
             raise SourceError(
-                f"{self.path}: no column {self._column!r}: expected one of text, found {', '.join(self._schema.names)}",
+                f"{self.path}: no column {self.column!r}: expected one of text, found {', '.join(self._schema.names)}",
                 next_step="name the text column with --text-column",
             )
-        kind = self._schema.field(self._column).type
+        if self._schema.names.count(self.column) > 1:
+            raise SourceError(f"{self.path}: two columns are called {self.column!r}", next_step=_MEND)
+        kind = self._schema.field(self.column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         text_kinds = (
@@ -160,7 +181,7 @@ class ParquetFile:
         )
         if kind not in text_kinds:
             raise SourceError(
-                f"{self.path}: column {self._column!r}: expected strings, found {kind}",
+                f"{self.path}: column {self.column!r}: expected strings, found {kind}",
                 next_step="name the text column with --text-column",
             )
 
@@ -172,13 +193,13 @@ class ParquetFile:
 
     def _group_text_nbytes(self, group: int) -> int:
         metadata = self._metadata.row_group(group)
-        index = self._schema.get_field_index(self._column)
+        index = self._schema.get_field_index(self.column)
         # Nested neighbours shift leaf columns, so look the text column up by its path.
         for leaf in range(index, metadata.num_columns):
             column = metadata.column(leaf)
-            if column.path_in_schema == self._column:
+            if column.path_in_schema == self.column:
                 return int(column.total_uncompressed_size)
-        raise AssertionError(f"{self.path}: column {self._column} vanished from the footer")
+        raise AssertionError(f"{self.path}: column {self.column} vanished from the footer")
 
     def _plan_units(self) -> Iterator[_Unit]:
         """Neighbouring row groups, joined until they hold a span."""
@@ -191,7 +212,7 @@ class ParquetFile:
             enough = rows >= self._span_rows if self._span_rows else nbytes >= SPAN_TEXT_NBYTES
             if enough or group == self._metadata.num_row_groups - 1:
                 if rows:
-                    spans = max(1, round(nbytes / SPAN_TEXT_NBYTES))
+                    spans = max(1, round(nbytes / SPAN_TEXT_NBYTES), -(-rows // _SPAN_MAX_ROWS))
                     yield _Unit(first_row, rows, tuple(groups), self._span_rows or -(-rows // spans))
                 first_row, rows, nbytes, groups = first_row + rows, 0, 0, []
 
@@ -219,7 +240,8 @@ class ParquetFile:
         with self._lock:
             reader = self._readers.get(span.unit)
             if reader is None:
-                reader = _UnitReader(self._batches(unit), self.path, unit, self._unit_spans(span.unit), self._wanted)
+                spans = self._unit_spans(span.unit)
+                reader = _UnitReader(self, self._batches(unit), unit.groups, spans)
                 self._readers[span.unit] = reader
         text = reader.take(span)
         if reader.exhausted:
@@ -229,16 +251,32 @@ class ParquetFile:
 
     def keep_only(self, spans: Collection[Span]) -> None:
         """Say which spans will be read, so that none is kept for nobody."""
-        self._wanted = frozenset(spans)
+        self.wanted = frozenset(spans)
 
     def _batches(self, unit: _Unit) -> Iterator[pa.RecordBatch]:
         # A reader of its own: Arrow does not promise that threads may share one. pre_buffer pays for
         # remote stores and only copies here; Arrow's threads would fight the encoders for the cores.
-        file = pq.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            self.path,
+            metadata=self._metadata,
+            buffer_size=_READ_NBYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
         with file:
             yield from file.iter_batches(
-                unit.span_rows, row_groups=list(unit.groups), columns=[self._column], use_threads=False
+                unit.span_rows, row_groups=list(unit.groups), columns=[self.column], use_threads=False
             )
+
+    def damaged_groups(self, groups: tuple[int, ...]) -> str:
+        """Which of these row groups cannot be read, as words."""
+        for group in groups:
+            try:
+                with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                    file.read_row_group(group, columns=[self.column])
+            except (pa.ArrowException, OSError):
+                return f"row group {group}"
+        return f"row groups {groups[0]} to {groups[-1]}"
 
 
 class _Unit(NamedTuple):
@@ -254,19 +292,14 @@ class _UnitReader:
     """Hands out the spans of a unit in any order near their own while decoding it once."""
 
     def __init__(
-        self,
-        batches: Iterator[pa.RecordBatch],
-        path: Path,
-        unit: _Unit,
-        spans: list[Span],
-        wanted: frozenset[Span] | None,
+        self, file: ParquetFile, batches: Iterator[pa.RecordBatch], groups: tuple[int, ...], spans: list[Span]
     ) -> None:
+        self._file = file
         self._batches = batches
-        self._path = path
-        self._unit = unit
+        self._groups = groups
         self._to_decode = deque(spans)
-        self._wanted = wanted
         self._ready: dict[Span, pa.Array] = {}
+        self._error: SourceError | None = None
         self._lock = threading.Lock()
 
     @property
@@ -275,10 +308,16 @@ class _UnitReader:
 
     def take(self, span: Span) -> pa.Array:
         with self._lock:
+            if self._error is not None:
+                raise self._error
             while span not in self._ready:
                 decoded = self._to_decode.popleft()
-                text = self._decode(decoded.rows)
-                if self._wanted is None or decoded in self._wanted:
+                try:
+                    text = self._decode(decoded.rows)
+                except SourceError as error:
+                    self._error = error  # for those who wait for later spans
+                    raise
+                if self._file.wanted is None or decoded in self._file.wanted:
                     self._ready[decoded] = text
             return self._ready.pop(span)
 
@@ -292,25 +331,24 @@ class _UnitReader:
             except StopIteration:
                 raise self._damaged(f"expected {rows} more rows, found {rows - missing}") from None
             except FileNotFoundError:
-                raise _gone(self._path) from None
+                raise _gone(self._file.path) from None
             except (pa.ArrowException, OSError) as error:
                 raise self._damaged(_first_line(error)) from None
             pieces.append(batch.column(0))
             missing -= len(batch)
-        return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
+        return pieces[0] if len(pieces) == 1 else pa.concat_arrays([_large(piece) for piece in pieces])
 
     def _damaged(self, what: str) -> SourceError:
-        return SourceError(f"{self._path}: {self._where()}: cannot be read: {what}", next_step=_MEND)
+        where = self._file.damaged_groups(self._groups)
+        return SourceError(f"{self._file.path}: {where}: cannot be read: {what}", next_step=_MEND)
 
-    def _where(self) -> str:
-        """The damaged row group: several may have been read as one."""
-        for group in self._unit.groups:
-            try:
-                with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-                    file.read_row_group(group)
-            except (pa.ArrowException, OSError):
-                return f"row group {group}"
-        return f"row groups {self._unit.groups[0]} to {self._unit.groups[-1]}"
+
+def _large(texts: pa.Array) -> pa.Array:
+    """With 64-bit offsets: together, pieces may pass 2 GB."""
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.dictionary_decode()
+    binary = texts.type in (pa.binary(), pa.large_binary(), pa.binary_view())
+    return texts.cast(pa.large_binary() if binary else pa.large_string())
 
 
 def _gone(path: Path) -> SourceError:

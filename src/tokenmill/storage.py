@@ -56,7 +56,10 @@ class AtomicFile:
 
     def discard(self) -> None:
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        # A disk that fails here has failed before, and that error is the one to tell; the next run
+        # removes what is left.
+        with contextlib.suppress(OSError):
+            self._partial.unlink(missing_ok=True)
 
     def read_back(self) -> io.BufferedReader:
         """The bytes written so far, from the start."""
@@ -78,7 +81,7 @@ class AtomicFile:
             raise
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a small file atomically."""
     with AtomicFile(path) as file:
         file.write(data)
@@ -102,7 +105,10 @@ def reported(path: Path) -> Iterator[None]:
 def _fsync_directory(path: Path) -> None:
     if os.name == "nt":  # Windows cannot open directories, and journals renames itself
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a directory one may write to but not list
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -111,6 +117,8 @@ def _fsync_directory(path: Path) -> None:
 
 def make_root(root: Path) -> None:
     """Make the data root's directory, durably."""
+    if root.is_dir():
+        return
     with reported(root):
         root.mkdir(parents=True, exist_ok=True)
         _fsync_directory(root.parent)
@@ -140,6 +148,7 @@ def held(root: Path) -> Iterator[None]:
 
 def remove_partials(root: Path) -> None:
     """Delete what a killed run left half-written. Call with the lock held."""
-    for partial in root.glob(f"*{layout.PARTIAL_SUFFIX}"):
-        with reported(partial):
-            partial.unlink()
+    for pattern in (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB, layout.MANIFEST):
+        for partial in root.glob(pattern + layout.PARTIAL_SUFFIX):
+            with reported(partial):
+                partial.unlink()

@@ -76,6 +76,7 @@ class Writer:
         self._shard: ShardWriter | None = None
         self._unfinished: list[ShardWriter] = []
         self._idle: list[Count] = []
+        self._published = False
         self._save_due = 0.0
         self.tokens = manifest.tokens
         """Of the data set, handed over so far; likewise `documents`."""
@@ -113,8 +114,9 @@ class Writer:
             shard.discard()
         # On a full disk this fails as well: the error that brought us here is the one to tell, and
         # a shard without a record is made again.
-        with contextlib.suppress(StorageError):
-            self._save()
+        if self._published:
+            with contextlib.suppress(StorageError):
+                self._save()
 
     def _shutdown(self) -> None:
         self._writing.shutdown()
@@ -153,9 +155,10 @@ class Writer:
         self._publishing.submit(self._publish, shard, next_cursor)
 
     def _publish(self, shard: ShardWriter, next_cursor: Cursor) -> None:
-        record = shard.finish(next_cursor)
+        record = shard.finish(next_cursor, self._manifest.expected(shard.index))
         self._unfinished.remove(shard)
         self._manifest.add(record)
+        self._published = True
         if time.monotonic() >= self._save_due:
             self._save()
         name = layout.shard_name(record.index)
