@@ -424,7 +424,7 @@ def test_a_remade_shard_that_is_another_is_refused(tmp_path: Path, recipe: Recip
     )
     recipe = msgspec.structs.replace(recipe, shard_size=500)
     pretokenize(recipe, tmp_path / "out")
-    path.write_bytes(path.read_bytes().replace(b"the cat number 01", b"cats? not here 01"))
+    path.write_bytes(path.read_bytes().replace(b"the cat number", b"cats? not here"))
     (tmp_path / "out" / layout.shard_name(1)).unlink()
     for _ in range(2):
         with pytest.raises(errors.SourceChangedError, match=r"train_000001\.npy: made again it is another shard"):
