@@ -2,6 +2,7 @@
 
     python benchmarks/driver.py [--documents 1000000] [--tokens 1000]
 
+order    the shuffle alone, in blocks of a span
 driver   order, window and cutting: all a document costs the thread that feeds the workers
 writer   views of its tokens and the copy into the shard's buffer, on the writer's thread
 """
@@ -50,6 +51,11 @@ def main() -> None:
                 pieces = block.rows(part.begin, part.end).pieces(part.skip, part.tokens)
                 np.concatenate(pieces, out=buffer[: part.tokens])
             writer += time.perf_counter() - begin
+    order, rows = BufferOrder(10_000, 42), 10_000_000
+    begin = time.perf_counter()
+    for _ in range(0, rows, SPAN_ROWS):
+        order.push(SPAN_ROWS)
+    print(f"order  {rows / (time.perf_counter() - begin) / 1e6:.1f} M rows/s")
     print(f"driver {driver / taken * 1e6:.3f} us a document, writer {writer / taken * 1e6:.3f} us a document")
 
 
