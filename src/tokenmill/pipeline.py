@@ -185,8 +185,8 @@ def pretokenize(
         done = manifest.tokens
         # The checks take as long as loading the reference engine does: encode the first spans meanwhile.
         with ThreadPoolExecutor(1, thread_name_prefix="check") as aside:
-            checked = aside.submit(_check, job)
-            audited = _run(job, show, lambda: begin(checked.result()))
+            checks = aside.submit(_check, job)
+            audited = _run(job, show, lambda: begin(checks.result()))
         return _summary(job, "complete", done, started, audited=audited, remade=remade)
 
 

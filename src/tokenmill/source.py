@@ -347,8 +347,8 @@ def _large(texts: pa.Array) -> pa.Array:
     """With 64-bit offsets: together, pieces may pass 2 GB."""
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
-    binary = texts.type in (pa.binary(), pa.large_binary(), pa.binary_view())
-    return texts.cast(pa.large_binary() if binary else pa.large_string())
+    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return texts.cast(large.get(texts.type, texts.type))
 
 
 def _gone(path: Path) -> SourceError:
