@@ -28,6 +28,7 @@ def fails(*arguments: object, code: int, message: str) -> None:
     assert re.search(message, result.stderr), result.stderr
     assert "\n  next: " in result.stderr
     assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n  next: ") == 1
     assert result.stdout == ""
 
 
@@ -72,7 +73,7 @@ def test_flipped_bit_in_a_page_with_a_checksum(out: Path, tmp_path: Path) -> Non
 
 def test_missing_column_lists_those_there_are(out: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "c" / "a.parquet", ["x"], url=["u"])
-    message = r"a\.parquet: no column 'body': expected one of text, found text, url"
+    message = r"a\.parquet: no column 'body': found the columns text, url"
     fails(out, *given(tmp_path / "c", "--text-column", "body"), code=3, message=message)
 
 
@@ -134,6 +135,14 @@ def test_source_that_vanishes_between_files(out: Path, corpus: Path) -> None:
     assert caught.value.exit_code == 3
 
 
+def test_output_inside_the_corpus(tmp_path: Path, corpus: Path) -> None:
+    for output in (corpus, corpus / "deeper" / "out"):
+        for more in ((), ("--dry-run",)):
+            fails(output, *given(corpus, *more), code=5, message="lies inside the corpus")
+    fails(corpus, *given(f"{corpus}/*.parquet"), code=5, message="lies inside the corpus")
+    assert run_cli("pretokenize", tmp_path / "out", *given(corpus)).returncode == 0
+
+
 def test_recipe_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
     fails(out, *given(corpus), "--recipe", "nonesuch", code=2, message="neither a built-in recipe nor a file")
     fails(out, "--tokenizer", TOKENIZER, code=2, message="missing required field `dataset`")
@@ -156,7 +165,8 @@ def test_more_mistakes(out: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizer_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
-    fails(out, "--dataset", corpus, "--tokenizer", tmp_path / "none", code=4, message="no such file or directory")
+    for missing in (tmp_path / "none", "llama2/", "./llama2", "none.json"):
+        fails(out, "--dataset", corpus, "--tokenizer", missing, code=4, message="no such file or directory")
     fails(out, "--dataset", corpus, "--tokenizer", tmp_path, code=4, message=r"cannot read .*tokenizer\.json")
     (tmp_path / "tokenizer.json").write_text((TOKENIZER / "tokenizer.json").read_text())
     fails(out, "--dataset", corpus, "--tokenizer", tmp_path, code=4, message="no end-of-sequence token")

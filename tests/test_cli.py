@@ -144,7 +144,9 @@ def test_original_command_line_alone_asks_for_the_corpus(tmp_path: Path) -> None
     result = run_cli("--output_dir", tmp_path / "out", "--num_proc", "-1", script=SCRIPT)
     assert result.returncode == 3
     assert "mlfoundations/dclm-baseline-1.0-parquet" in result.stderr
-    assert run_cli(script=SCRIPT).returncode == 2
+    forgotten = run_cli("--num_proc", "-1", script=SCRIPT)
+    assert (forgotten.returncode, "--output_dir is required" in forgotten.stderr) == (2, True)
+    assert "--output_dir <DATA_ROOT>" in run_cli("--help", script=SCRIPT).stdout
 
 
 def test_original_command_line_on_the_real_corpus(tmp_path: Path) -> None:

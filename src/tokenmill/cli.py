@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokenmill.preflight import Preflight
 
 log = logging.getLogger("tokenmill")
+log.addHandler(logging.NullHandler())  # until there is a data root to keep a log in
 
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -293,11 +294,14 @@ def _print_plan(prepared: Prepared, figures: Preflight, output: Path, workers: i
         "order": order,
         "tokens": f"about {count(figures.tokens)} ({limit}; "
         f"the corpus has about {count(figures.estimated_corpus_tokens)})",
+        "done": f"{figures.done_tokens:,} tokens, by an earlier run",
         "shards": f"about {figures.shards:,} of {recipe.shard_size:,} tokens, {figures.dtype}",
         "disk": f"about {figures.disk_needed_nbytes / 1e9:.3f} GB needed, {figures.disk_free_nbytes / 1e9:.1f} GB free",
         "memory": f"about {figures.estimated_memory_nbytes / 1e9:.2f} GB",
         "time": f"about {duration(figures.estimated_seconds)} with {workers} workers",
     }
+    if not figures.done_tokens:
+        del lines["done"]
     for name, value in lines.items():
         click.echo(f"{name:<10} {value}")
 
@@ -305,13 +309,13 @@ def _print_plan(prepared: Prepared, figures: Preflight, output: Path, workers: i
 def _print_summary(summary: Summary) -> None:
     if summary.status == "already complete":
         click.echo(
-            f"{summary.root}: already complete: {summary.tokens:,} tokens in {summary.shards} shards; nothing to do"
+            f"{summary.root}: already complete: {summary.tokens:,} tokens in {_shards(summary.shards)}; nothing to do"
         )
         return
     for name in summary.remade:
         click.echo(f"{name} was missing or damaged: made again")
     click.echo(
-        f"{summary.root}: {summary.tokens:,} tokens in {summary.shards} shards ({summary.dtype}), "
+        f"{summary.root}: {summary.tokens:,} tokens in {_shards(summary.shards)} ({summary.dtype}), "
         f"{summary.documents:,} documents"
     )
     click.echo(
@@ -322,6 +326,10 @@ def _print_summary(summary: Summary) -> None:
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal"
     )
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
 
 
 def _say_interrupted(output: Path, stop: _InterruptedError) -> NoReturn:

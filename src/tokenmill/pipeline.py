@@ -29,7 +29,14 @@ from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
 from tokenmill.recipe import Recipe, checked
-from tokenmill.resume import agree_on_probe, missing_ranges, refuse_foreign, refuse_other, set_damaged_aside
+from tokenmill.resume import (
+    agree_on_probe,
+    missing_ranges,
+    refuse_foreign,
+    refuse_inside,
+    refuse_other,
+    set_damaged_aside,
+)
 from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.writer import Writer
@@ -128,6 +135,7 @@ def plan(
     if manifest is not None and not manifest.is_begun:
         manifest = None
     prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+    refuse_inside(root, prepared.recipe, prepared.corpus)
     if manifest is not None:
         refuse_other(root, manifest, *prepared)
     _ = prepared.encoder.probe  # what a run would stop at
@@ -170,6 +178,7 @@ def pretokenize(
         elif not manifest.is_begun:  # nothing made yet: nothing to agree with
             manifest = None
         prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+        refuse_inside(root, prepared.recipe, prepared.corpus)
         if manifest is None:
             manifest = _new_manifest(prepared)
         else:

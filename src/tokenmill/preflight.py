@@ -39,6 +39,8 @@ class Preflight(msgspec.Struct, frozen=True):
     estimated_corpus_tokens: int
     tokens: int
     """To be written: the corpus, or `total_tokens` if that is less."""
+    done_tokens: int
+    """Made by an earlier run."""
     shards: int
     dtype: str
     disk_needed_nbytes: int
@@ -82,6 +84,7 @@ def preflight(
         rows_exact=len(probed) == len(sizes),
         estimated_corpus_tokens=corpus_tokens,
         tokens=tokens,
+        done_tokens=done_tokens,
         shards=-(-tokens // recipe.shard_size),
         dtype=encoder.dtype.name,
         disk_needed_nbytes=max(0, disk),

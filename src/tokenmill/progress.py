@@ -29,11 +29,16 @@ class _Line:
         self._process = psutil.Process()
         self._seen: list[tuple[float, int]] = []
 
+    def note(self, progress: Progress) -> None:
+        """Remember when so many tokens were there."""
+        now = time.monotonic()
+        if not self._seen or now - self._seen[-1][0] >= _LIVE_SECONDS:
+            self._seen.append((now, progress.tokens))
+        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS and len(self._seen) > 2:
+            self._seen.pop(0)
+
     def text(self, progress: Progress) -> str:
         now = time.monotonic()
-        self._seen.append((now, progress.tokens))
-        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS:
-            self._seen.pop(0)
         elapsed = now - self._seen[0][0]
         rate = (progress.tokens - self._seen[0][1]) / elapsed if elapsed > 0 else 0.0
         expected = max(self.expected_tokens, progress.tokens)
@@ -76,6 +81,7 @@ def _paced(seconds: float, line: _Line, put: Callable[[str], None]) -> Show:
 
     def show(progress: Progress) -> None:
         nonlocal due
+        line.note(progress)
         if time.monotonic() >= due:
             due = time.monotonic() + seconds
             put(line.text(progress))

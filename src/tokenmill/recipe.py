@@ -90,9 +90,10 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
     try:
         return msgspec.convert(fields, Recipe)
     except msgspec.ValidationError as error:
+        fields_known = ", ".join(Recipe.__struct_fields__)
         raise RecipeError(
             f"recipe {source or '(defaults)'}: {error}",
-            next_step="set it in the recipe file or with the flag of the same name; see: tokenmill pretokenize --help",
+            next_step=f"the fields are {fields_known}; for their values see: tokenmill pretokenize --help",
         ) from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -120,7 +121,7 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _hint(pattern: str) -> str:
-    if pattern.count("/") == 1 and not pattern.startswith((".", "/", "~")) and "*" not in pattern:
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", pattern):
         return (
             f"to use the hub's data set of that name, fetch it first: hf download --repo-type dataset {pattern} "
             "--local-dir corpus, then --dataset corpus"
@@ -163,7 +164,7 @@ class ParquetFile:
     def _check_column(self) -> None:
         if self.column not in self._schema.names:
             raise SourceError(
-                f"{self.path}: no column {self.column!r}: expected one of text, found {', '.join(self._schema.names)}",
+                f"{self.path}: no column {self.column!r}: found the columns {', '.join(self._schema.names)}",
                 next_step="name the text column with --text-column",
             )
         if self._schema.names.count(self.column) > 1:

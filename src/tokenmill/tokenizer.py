@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def load_tokenizer(name: str, *, eos_token: str | None = None, revision: str | N
     if path.is_file():
         return _read(name, path, eos_token, None)
     hub_name, _, given_revision = name.partition("@")
-    if path.is_absolute() or hub_name.startswith(".") or hub_name.count("/") > 1 or path.suffix in (".json", ".model"):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", hub_name) or path.suffix in (".json", ".model"):
         raise TokenizerError(
             f"tokenizer {name}: no such file or directory",
             next_step="give a directory with tokenizer.json, such a file, or a hub name as owner/name",
