@@ -376,8 +376,9 @@ def test_same_size_but_other_rows_is_refused(tmp_path: Path, recipe: Recipe, cor
 def test_foreign_directory_is_refused(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_000000.npy").write_bytes(b"precious")
-    with pytest.raises(errors.DataRootError, match="holds another data set"):
-        pretokenize(recipe, tmp_path / "out")
+    for start in (pretokenize, pipeline.plan):
+        with pytest.raises(errors.DataRootError, match="holds another data set"):
+            start(recipe, tmp_path / "out")
     assert (tmp_path / "out" / "train_000000.npy").read_bytes() == b"precious"
 
 

@@ -7,7 +7,6 @@ lengths to the window, and hands parts of shards to the writer.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +40,8 @@ from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.writer import Writer
 
-log = logging.getLogger("tokenmill")
-
 _BLOCK_ROWS = 256
-"""Rows handed to the writer at once: about a megabyte, which stays in the cache from gather to hash to write."""
+"""Rows handed to the writer at once: about a megabyte of tokens, also when the shuffle's buffer is emptied."""
 
 
 class Progress(NamedTuple):
@@ -131,13 +128,7 @@ def plan(
     recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto"
 ) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it; raises what it would raise before it begins."""
-    manifest = manifests.load(root)
-    if manifest is not None and not manifest.is_begun:
-        manifest = None
-    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
-    refuse_inside(root, prepared.recipe, prepared.corpus)
-    if manifest is not None:
-        refuse_other(root, manifest, *prepared)
+    manifest, prepared = _agree(recipe, root, engine_tokenizer)
     _ = prepared.encoder.probe  # what a run would stop at
     done_tokens = manifest.tokens if manifest else 0
     return prepared, preflight(*prepared, root, workers=workers or available_cores(), done_tokens=done_tokens)
@@ -172,17 +163,8 @@ def pretokenize(
     storage.make_root(root)
     workload = Workload(workers or available_cores(), span_rows)
     with storage.held(root):
-        manifest = manifests.load(root)
-        if manifest is None:
-            refuse_foreign(root)
-        elif not manifest.is_begun:  # nothing made yet: nothing to agree with
-            manifest = None
-        prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
-        refuse_inside(root, prepared.recipe, prepared.corpus)
-        if manifest is None:
-            manifest = _new_manifest(prepared)
-        else:
-            refuse_other(root, manifest, *prepared)
+        begun, prepared = _agree(recipe, root, engine_tokenizer)
+        manifest = begun or _new_manifest(prepared)
         job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
         remade = set_damaged_aside(root, manifest)
@@ -197,6 +179,20 @@ def pretokenize(
             checks = aside.submit(_check, job)
             audited = _run(job, show, lambda: begin(checks.result()))
         return _summary(job, "complete", done, started, audited=audited, remade=remade)
+
+
+def _agree(recipe: Recipe, root: Path, engine_tokenizer: str) -> tuple[Manifest | None, Prepared]:
+    """The manifest of a data root that was begun, if it was, and what must agree with it, prepared."""
+    manifest = manifests.load(root)
+    if manifest is None:
+        refuse_foreign(root)
+    elif not manifest.is_begun:  # nothing made yet: nothing to agree with
+        manifest = None
+    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+    refuse_inside(root, prepared.recipe, prepared.corpus)
+    if manifest is not None:
+        refuse_other(root, manifest, *prepared)
+    return manifest, prepared
 
 
 def _pinned(manifest: Manifest | None, recipe: Recipe) -> str | None:

@@ -34,8 +34,9 @@ def refuse_inside(root: Path, recipe: Recipe, corpus: Corpus) -> None:
     """The data root must not lie where the corpus is searched: its sidecars are parquet files too."""
     datasets = (recipe.dataset,) if isinstance(recipe.dataset, str) else recipe.dataset
     searched = [Path(dataset).resolve() for dataset in datasets if Path(dataset).is_dir()]
-    folders = {(corpus.root / file.path).resolve().parent for file in corpus.files}
-    if root.resolve() in folders or any(root.resolve().is_relative_to(folder) for folder in searched):
+    folders = {(corpus.root / file.path).parent for file in corpus.files}  # few, however many files
+    ours = root.resolve()
+    if ours in map(Path.resolve, folders) or any(ours.is_relative_to(folder) for folder in searched):
         raise DataRootError(
             f"{root}: lies inside the corpus ({corpus.root}): its files would become part of it",
             next_step="choose a directory outside the corpus",

@@ -52,11 +52,9 @@ class ShardWriter:
         dtype: layout.TokenDType,
         paths: pa.Array,
     ) -> None:
-        self._root = root
         self.index = index
         self._expected = tokens
         self._dtype = dtype
-        self._paths = paths
         self._tokens = 0
         self._documents = Documents(root / layout.documents_name(index), paths)
         self._ledger: dict[int, Count] = {}
