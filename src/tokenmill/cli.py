@@ -6,10 +6,11 @@ Results go to standard output, progress and messages to standard error. Exit cod
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,8 +24,7 @@ from tokenmill.errors import TokenmillError
 from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
-    from tokenmill.pipeline import Prepared, Summary
-    from tokenmill.preflight import Preflight
+    from tokenmill.pipeline import Summary
 
 log = logging.getLogger("tokenmill")
 log.addHandler(logging.NullHandler())  # until there is a data root to keep a log in
@@ -46,6 +46,8 @@ class _InterruptedError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line with `arguments` (None: those of the process) and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a check mark must not fail a run on an ASCII terminal
     try:
         cli.main(arguments, standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -183,6 +185,75 @@ def pretokenize(
     )
 
 
+_data_root = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
+_id_scheme = click.option(
+    "--id-scheme",
+    type=click.Choice(layout.ID_SCHEMES),
+    help="Of sample ids.  [templar-v1 for the published Templar data set, else blake2b-64]",
+)
+
+
+@cli.command()
+@_data_root
+@click.option("--seq-len", type=click.IntRange(1), metavar="TOKENS", help="Tokens per sample.  [the recipe's, or 2048]")
+@click.option(
+    "--token-dtype",
+    type=click.Choice(["uint8", "uint16", "uint32"]),
+    help="What the shards must hold.  [what they hold]",
+)
+@_id_scheme
+@click.option("--consume", is_flag=True, help="Delete each shard once its bytes are durable in tokens.bin.")
+@click.option("--skip-validation", is_flag=True, help="Compare with nothing; prove nothing.")
+@click.option(
+    "--published",
+    type=click.Choice(["templar-150b"]),
+    help="Shards without a manifest must be those of this published data set.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless it fails.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
+@click.pass_context
+def consolidate(
+    context: click.Context,
+    /,
+    data_root: Path,
+    *,
+    token_dtype: str | None,
+    skip_validation: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Join the shards in DATA_ROOT into tokens.bin, with the ids of all samples in sample_ids.bin.
+
+    Works on shards made by tokenmill and on downloaded ones. What the files must be is compared with
+    the manifest and with published digests; exit code 1 if anything differs. Run the same command
+    again after a crash or Ctrl-C: what is durable is not copied again.
+
+    \b
+    Examples:
+      tokenmill consolidate data/
+      tokenmill consolidate data/ --consume          # needs room for one shard, not for all
+    """
+    from tokenmill import report
+    from tokenmill.consolidate import consolidate as join
+    from tokenmill.progress import byte_display
+
+    if data_root.is_dir():
+        _log_to(data_root / layout.LOG)
+        log.info("consolidate %s: %s", data_root, options)
+    _catch_signals()
+    try:
+        with byte_display(quiet=quiet or as_json) as show:
+            result = join(data_root, dtype=token_dtype, validate=not skip_validation, show=show, **options)
+    except _InterruptedError as stop:
+        _say_stopped("run the same command again to go on", stop)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+    elif not (quiet and result.passed):
+        _echo(report.consolidation_lines(result, skipped=skip_validation))
+    context.exit(0 if result.passed else 1)
+
+
 @cli.command()
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @_with(_speed_options[:1])
@@ -204,6 +275,11 @@ def demo(output: Path, workers: int | None) -> None:
         "\nNext, your own text (a directory of parquet files with a column 'text'):\n"
         f"    {_program()} pretokenize data/ --dataset corpus/ --tokenizer {TOKENIZER} --dry-run"
     )
+
+
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 def _program() -> str:
@@ -236,7 +312,7 @@ def run(
     as_json: bool = False,
 ) -> Summary:
     """Pretokenize with progress, a log file, a summary, and a clean end on Ctrl-C."""
-    from tokenmill import pipeline, storage
+    from tokenmill import pipeline, report, storage
     from tokenmill.allocator import keep_freed_memory
     from tokenmill.progress import display
 
@@ -257,79 +333,24 @@ def run(
                 begin=lambda plan: shown.expect(plan.tokens),
             )
     except _InterruptedError as stop:
-        log.info("interrupted")
         _say_interrupted(output, stop)
     log.info("%s", msgspec.json.encode(summary).decode())
     if as_json:
         click.echo(msgspec.json.encode(summary))
     elif not quiet:
-        _print_summary(summary)
+        _echo(report.summary_lines(summary))
     return summary
 
 
 def _dry_run(recipe: Recipe, output: Path, workers: int, engine_tokenizer: str, as_json: bool) -> None:
-    from tokenmill import pipeline, preflight
+    from tokenmill import pipeline, preflight, report
 
     prepared, figures = pipeline.plan(recipe, output, workers=workers, engine_tokenizer=engine_tokenizer)
     if as_json:
         click.echo(msgspec.json.encode({"recipe": prepared.recipe, "preflight": figures}))
     else:
-        _print_plan(prepared, figures, output, workers)
+        _echo(report.plan_lines(prepared, figures, output, workers))
     preflight.check_disk(figures, output)
-
-
-def _print_plan(prepared: Prepared, figures: Preflight, output: Path, workers: int) -> None:
-    from tokenmill.progress import count, duration
-
-    recipe, corpus, encoder = prepared
-    about = "" if figures.rows_exact else "about "
-    order = f"buffer of {recipe.buffer_size:,} rows, seed {recipe.seed}" if recipe.order == "buffer" else "sequential"
-    limit = "the whole corpus" if recipe.total_tokens is None else f"stops at {recipe.total_tokens:,}"
-    lines = {
-        "output": str(output),
-        "corpus": f"{corpus.root}: {figures.files:,} files, {figures.source_nbytes / 1e9:.3f} GB, "
-        f"{about}{figures.rows:,} rows",
-        "tokenizer": f"{encoder.tokenizer.name}: {encoder.tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} "
-        f"= {encoder.tokenizer.eos_id}, engine {encoder.engine.version}",
-        "order": order,
-        "tokens": f"about {count(figures.tokens)} ({limit}; "
-        f"the corpus has about {count(figures.estimated_corpus_tokens)})",
-        "done": f"{figures.done_tokens:,} tokens, by an earlier run",
-        "shards": f"about {figures.shards:,} of {recipe.shard_size:,} tokens, {figures.dtype}",
-        "disk": f"about {figures.disk_needed_nbytes / 1e9:.3f} GB needed, {figures.disk_free_nbytes / 1e9:.1f} GB free",
-        "memory": f"about {figures.estimated_memory_nbytes / 1e9:.2f} GB",
-        "time": f"about {duration(figures.estimated_seconds)} with {workers} workers",
-    }
-    if not figures.done_tokens:
-        del lines["done"]
-    for name, value in lines.items():
-        click.echo(f"{name:<10} {value}")
-
-
-def _print_summary(summary: Summary) -> None:
-    if summary.status == "already complete":
-        click.echo(
-            f"{summary.root}: already complete: {summary.tokens:,} tokens in {_shards(summary.shards)}; nothing to do"
-        )
-        return
-    for name in summary.remade:
-        click.echo(f"{name} was missing or damaged: made again")
-    click.echo(
-        f"{summary.root}: {summary.tokens:,} tokens in {_shards(summary.shards)} ({summary.dtype}), "
-        f"{summary.documents:,} documents"
-    )
-    click.echo(
-        f"rows {summary.rows:,} = {summary.documents:,} documents + {summary.skipped_null:,} null + "
-        f"{summary.skipped_empty:,} empty; {summary.special_documents:,} documents hold control-token strings"
-    )
-    click.echo(
-        f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
-        f"{summary.audited_documents:,} documents checked with the reference engine, all equal"
-    )
-
-
-def _shards(count: int) -> str:
-    return "1 shard" if count == 1 else f"{count:,} shards"
 
 
 def _say_interrupted(output: Path, stop: _InterruptedError) -> NoReturn:
@@ -337,7 +358,12 @@ def _say_interrupted(output: Path, stop: _InterruptedError) -> NoReturn:
 
     manifest = manifests.load(output)
     done = f"{len(manifest.shards)} shards with {manifest.tokens:,} tokens are" if manifest else "nothing is"
-    click.echo(f"tokenmill: stopped: {done} done in {output}; run the same command again to go on", err=True)
+    _say_stopped(f"{done} done in {output}; run the same command again to go on", stop)
+
+
+def _say_stopped(what: str, stop: _InterruptedError) -> NoReturn:
+    log.info("interrupted")
+    click.echo(f"tokenmill: stopped: {what}", err=True)
     sys.exit(stop.exit_code)
 
 

@@ -1,7 +1,7 @@
 """Manifest: what a data root holds, how it was made, and the digests that prove it.
 
 `manifest.json` is replaced atomically, last, after every shard. Its records are what a resumed run
-trusts; `docs/format.md` describes the fields.
+trusts; `consolidated.json` is its counterpart for `tokens.bin`. `docs/format.md` describes the fields.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -125,6 +126,20 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Set when the data set is complete."""
 
     @property
+    def stored_dtype(self) -> layout.DTypeName:
+        """Of the tokens.
+
+        Raises:
+            DataRootError: the recipe is not resolved, so another program wrote the manifest.
+        """
+        if self.recipe.dtype == "auto":
+            raise DataRootError(
+                f"{layout.MANIFEST}: expected recipe.dtype uint16 or uint32, found auto",
+                next_step="restore the manifest that tokenmill wrote",
+            )
+        return self.recipe.dtype
+
+    @property
     def is_begun(self) -> bool:
         """Whether any shard was made."""
         return bool(self.shards or self.damaged)
@@ -157,13 +172,80 @@ class Manifest(msgspec.Struct, kw_only=True):
         return before.index * self.recipe.shard_size + before.tokens if before else 0
 
 
+class CopiedShard(msgspec.Struct):
+    """A shard that `tokens.bin` holds."""
+
+    tokens: int
+    sha256: str
+    """Of the whole shard file, header included."""
+
+
+class Consolidated(msgspec.Struct, kw_only=True):
+    """All of `consolidated.json`: what `tokens.bin` and `sample_ids.bin` are, or are to become.
+
+    A record of its own beside the manifest because shards without a manifest are consolidated too.
+    """
+
+    version: int = VERSION
+    complete: bool = False
+    dtype: layout.DTypeName
+    seq_len: int
+    id_scheme: layout.IdScheme
+    tokens: int = 0
+    samples: int = 0
+    tokens_sha256: str = ""
+    sample_ids_sha256: str = ""
+    shards: list[CopiedShard] = []
+    """What is durable in `tokens.bin` so far, in order; empty where the tokens never were shard files."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return {"uint8": 1, "uint16": 2, "uint32": 4}[self.dtype]
+
+    @property
+    def window_nbytes(self) -> int:
+        """Bytes of tokens that a sample id covers."""
+        return layout.id_window_nbytes(self.id_scheme, seq_len=self.seq_len, itemsize=self.itemsize)
+
+    @property
+    def tokens_nbytes(self) -> int:
+        """Size of `tokens.bin`."""
+        return self.tokens * self.itemsize
+
+    @property
+    def sample_ids_nbytes(self) -> int:
+        """Size of `sample_ids.bin`."""
+        return self.samples * layout.ID_NBYTES
+
+    @property
+    def settings(self) -> tuple[str, int, str]:
+        """What decides the bytes of both files, given the tokens."""
+        return self.dtype, self.seq_len, self.id_scheme
+
+
+T = TypeVar("T", Manifest, Consolidated)
+
+
 def load(root: Path) -> Manifest | None:
     """The manifest of a data root; None if it has none.
 
     Raises:
         DataRootError: it cannot be read or is not ours.
     """
-    path = root / layout.MANIFEST
+    return _load(root / layout.MANIFEST, Manifest)
+
+
+def load_consolidated(root: Path) -> Consolidated | None:
+    """The record of a data root's consolidation; None if there was none.
+
+    Raises:
+        DataRootError: it cannot be read or is not ours.
+    """
+    return _load(root / layout.CONSOLIDATED, Consolidated)
+
+
+def _load(path: Path, kind: type[T]) -> T | None:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -171,23 +253,28 @@ def load(root: Path) -> Manifest | None:
     except OSError as error:
         raise DataRootError(f"{path}: cannot be read: {error.strerror}", next_step="check the permissions") from None
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DataRootError(
             f"{path}: not a tokenmill manifest: {error}",
             next_step="restore it, or choose another directory",
         ) from None
-    if manifest.version != VERSION:
+    if record.version != VERSION:
         raise DataRootError(
-            f"{path}: expected manifest version {VERSION}, found {manifest.version}",
+            f"{path}: expected manifest version {VERSION}, found {record.version}",
             next_step="use the tokenmill version that made it, or choose another directory",
         )
-    return manifest
+    return record
 
 
 def save(root: Path, manifest: Manifest) -> None:
     """Replace the manifest atomically."""
     storage.write_whole(root / layout.MANIFEST, _encode(manifest))
+
+
+def save_consolidated(root: Path, record: Consolidated) -> None:
+    """Replace the record of the consolidation atomically."""
+    storage.write_whole(root / layout.CONSOLIDATED, _encode(record))
 
 
 def save_if_changed(root: Path, manifest: Manifest) -> None:
@@ -196,8 +283,8 @@ def save_if_changed(root: Path, manifest: Manifest) -> None:
         save(root, manifest)
 
 
-def _encode(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+def _encode(record: Manifest | Consolidated) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
 
 
 def complete(root: Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,14 +67,44 @@ class Display:
 def display(*, quiet: bool) -> Iterator[Display]:
     """Show progress on standard error: live on a terminal, a line every ten seconds elsewhere, or nothing."""
     line = _Line()
+    with _outlet(quiet=quiet) as (seconds, put):
+        yield Display(_paced(seconds, line, put), line)
+
+
+@contextmanager
+def byte_display(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes done of bytes in all, likewise."""
+    started = time.monotonic()
+
+    def line(done: int, total: int) -> str:
+        elapsed = max(1e-9, time.monotonic() - started)
+        left = duration((total - done) * elapsed / done) if done else "?"
+        share = done / total if total else 1.0
+        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB {share:4.0%}  {done / elapsed / 1e6:.0f} MB/s  {left} left"
+
+    with _outlet(quiet=quiet) as (seconds, put):
+        due = time.monotonic() + seconds
+
+        def show(done: int, total: int) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + seconds
+                put(line(done, total))
+
+        yield show
+
+
+@contextmanager
+def _outlet(*, quiet: bool) -> Iterator[tuple[float, Callable[[str], None]]]:
+    """How often to show a line, and how."""
     console = Console(stderr=True)
     if quiet:
-        yield Display(lambda progress: None, line)
+        yield math.inf, lambda text: None
     elif console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            yield Display(_paced(_LIVE_SECONDS, line, lambda text: live.update(Text(text), refresh=True)), line)
+            yield _LIVE_SECONDS, lambda text: live.update(Text(text), refresh=True)
     else:
-        yield Display(_paced(_PLAIN_SECONDS, line, lambda text: print(text, file=sys.stderr, flush=True)), line)  # noqa: T201
+        yield _PLAIN_SECONDS, lambda text: print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _paced(seconds: float, line: _Line, put: Callable[[str], None]) -> Show:

@@ -51,8 +51,7 @@ class AtomicFile:
         with reported(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
-            self._partial.replace(self.path)
-            _fsync_directory(self.path.parent)
+        publish(self._partial, self.path)
 
     def discard(self) -> None:
         self._file.close()
@@ -79,6 +78,13 @@ class AtomicFile:
         except BaseException:
             self.discard()
             raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a durable file its name, durably."""
+    with reported(path):
+        partial.replace(path)
+        _fsync_directory(path.parent)
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -1,0 +1,348 @@
+"""Consolidate, stage 6: shards → `tokens.bin` + `sample_ids.bin` + `consolidated.json`, in one pass.
+
+Every shard is read once; copying, both SHA-256 and sample ids go side by side. `consolidated.json`
+lists the shards that are durable in `tokens.bin`: what a restart adopts, and what `consume` may delete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from tokenmill import layout, storage
+from tokenmill import manifest as manifests
+from tokenmill.errors import DataRootError, StorageError
+from tokenmill.inventory import Shard, find_shards_of, gap, refuse_foreign_tokens
+from tokenmill.manifest import Consolidated, CopiedShard, Manifest
+from tokenmill.proof import (
+    DEFAULT_SEQ_LEN,
+    PUBLISHED,
+    Check,
+    choose_scheme,
+    published_checks,
+    published_name,
+    spot_checks,
+)
+from tokenmill.tokens_file import CHUNK_NBYTES, TokensFile, reopen, require_defined
+
+log = logging.getLogger("tokenmill")
+
+_BUFFERS = 10
+"""Chunks in memory: more than wait for the hashes, so that reading and writing go on."""
+_JOURNAL_NBYTES = 1 << 30
+"""Copied between two entries in `consolidated.json`: what a kill costs."""
+
+Show = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a consolidation did."""
+
+    root: str
+    status: str
+    """`complete`, `already complete`, or `failed`: nothing was published then."""
+    record: Consolidated
+    checks: list[Check]
+    validated: bool
+    against: str
+    """What the checks compared with, as words."""
+    consumed: int
+    """Shards this run deleted."""
+    adopted_nbytes: int
+    """Of tokens that an earlier run had stored."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def consolidate(
+    root: Path | str,
+    *,
+    seq_len: int | None = None,
+    dtype: str | None = None,
+    id_scheme: layout.IdScheme | None = None,
+    consume: bool = False,
+    validate: bool = True,
+    published: str | None = None,
+    workers: int | None = None,
+    show: Show = lambda done, total: None,
+) -> Report:
+    """Make, or go on making, `tokens.bin` and `sample_ids.bin` from the shards of a data root.
+
+    Args:
+        root: the data root, with or without a manifest.
+        seq_len: tokens per sample; None takes the recipe's, or 2048.
+        dtype: what the shards must hold (`uint8`, `uint16`, `uint32`); None takes what they hold.
+        id_scheme: of the sample ids; None takes `templar-v1` for the published Templar data set, else `blake2b-64`.
+        consume: delete each shard once its bytes are durable in `tokens.bin` and recorded.
+        validate: compare with the manifest and with published digests.
+        published: without a manifest, the built-in recipe whose published digests must be met.
+        workers: processes that make sample ids; None takes the cores, at most 4.
+        show: called as bytes are done.
+
+    Raises:
+        DataRootError: nothing to consolidate, shards that do not belong together, or files of another data set.
+        RecipeError: the id scheme is undefined for this many tokens.
+        StorageError: the disk is full or not writable. What is durable stays; the same call goes on.
+    """
+    started = time.monotonic()
+    root = Path(root)
+    if not root.is_dir():
+        raise DataRootError(f"{root}: no such directory", next_step="give the directory that holds the shards")
+    with storage.held(root):
+        manifest, record = manifests.load(root), manifests.load_consolidated(root)
+        if manifest is not None and not manifest.complete:
+            raise DataRootError(
+                f"{root}: its shards are not all made yet: {manifest.tokens} tokens so far",
+                next_step="run the tokenmill pretokenize command that began it again, then consolidate",
+            )
+        if record is None:
+            refuse_foreign_tokens(root)
+        shards = find_shards_of(root, manifest, record, dtype)
+        wanted = _settle(shards, manifest, record, seq_len=seq_len, id_scheme=id_scheme)
+        require_defined(wanted.id_scheme, wanted.tokens_nbytes)
+        job = _Job(root, manifest, shards, wanted, validate=validate, published=published)
+        if record is not None and _is_done(root, record, wanted) and not (consume and job.has_shards):
+            return job.report("already complete", record, job.final_checks(record), started)
+        return job.run(consume=consume, workers=workers, show=show, started=started)
+
+
+def _settle(
+    shards: list[Shard],
+    manifest: Manifest | None,
+    record: Consolidated | None,
+    *,
+    seq_len: int | None,
+    id_scheme: layout.IdScheme | None,
+) -> Consolidated:
+    """What to make: as asked for, else as an interrupted run had it, else as the recipe says."""
+    recipe = manifest.recipe if manifest else None
+    tokens = sum(shard.tokens for shard in shards)
+    length = seq_len or (record.seq_len if record else recipe.seq_len if recipe else DEFAULT_SEQ_LEN)
+    if id_scheme is None and record is not None and record.seq_len == length:
+        id_scheme = record.id_scheme
+    return Consolidated(
+        dtype=shards[0].dtype,
+        seq_len=length,
+        id_scheme=id_scheme or choose_scheme(recipe, tokens=tokens, seq_len=length),
+        tokens=tokens,
+        samples=tokens // length,
+        shards=record.shards if record else [],
+    )
+
+
+def _is_done(root: Path, record: Consolidated, wanted: Consolidated) -> bool:
+    """Whether what is wanted is recorded as complete, and both files have their sizes."""
+    paths = {root / layout.TOKENS: wanted.tokens_nbytes, root / layout.SAMPLE_IDS: wanted.sample_ids_nbytes}
+    whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
+    return whole and record.complete and record.tokens == wanted.tokens and record.settings == wanted.settings
+
+
+class _Job:
+    """One consolidation; the data root's lock is held."""
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest | None,
+        shards: list[Shard],
+        record: Consolidated,
+        *,
+        validate: bool,
+        published: str | None,
+    ) -> None:
+        self._root = root
+        self._manifest = manifest
+        self._shards = shards
+        self._record = record
+        self._validate = validate
+        self._published = published_name(manifest, published, tokens=record.tokens)
+        self._checks: list[Check] = []
+        self._consumed = 0
+        self._adopted_nbytes = 0
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether there are shard files at all."""
+        return any(shard.present for shard in self._shards)
+
+    def run(self, *, consume: bool, workers: int | None, show: Show, started: float) -> Report:
+        manifests.save_consolidated(self._root, self._record)
+        reopen(self._root)
+        with TokensFile(self._root, self._record, workers=workers) as file:
+            self._adopt(file, show)
+            self._check_disk(file, consume)
+            file.begin(None if consume else self._record.tokens_nbytes)
+            self._copy(file, consume, show)
+            self._record = file.seal()
+            self._checks += self.final_checks(self._record)
+            if not all(check.passed for check in self._checks):
+                self._withdraw(file)
+                return self.report("failed", self._record, self._checks, started)
+            file.publish()
+        manifests.save_consolidated(self._root, self._record)
+        log.info("consolidated: %s", msgspec.json.encode(self._record).decode())
+        return self.report("complete", self._record, self._checks, started)
+
+    def _adopt(self, file: TokensFile, show: Show) -> None:
+        """Take over the shards an earlier run stored, as far as they are what they must be."""
+        copied = self._record.shards
+        self._record.shards = []
+        for index, shard in enumerate(self._shards):
+            known = copied[index].sha256 if index < len(copied) else None if shard.present else shard.sha256
+            nbytes = shard.tokens * self._record.itemsize
+            stored = known is not None and file.stored_nbytes >= file.nbytes + nbytes
+            found = file.digest(shard.header, nbytes) if stored else None
+            if known is None or found != known:
+                if not shard.present:
+                    raise DataRootError(
+                        f"{shard.path.name} was consumed, but {file.partial} does not hold it at byte {file.nbytes}: "
+                        f"expected sha256 {known}, found {found or 'the end of the file'}",
+                        next_step="put the shard back (download or make it again), then run the same command again",
+                    )
+                break
+            file.adopt(nbytes)
+            self._compare(shard, found)
+            self._record.shards.append(CopiedShard(shard.tokens, known))
+            show(file.nbytes, self._record.tokens_nbytes)
+        self._adopted_nbytes = file.nbytes
+        lost = next((shard for shard in self._shards[len(self._record.shards) :] if not shard.present), None)
+        if lost is not None:
+            raise gap(self._root, self._shards.index(lost), {})
+
+    def _compare(self, shard: Shard, found: str) -> bool:
+        """Note the check of a shard against the manifest; whether it may be relied upon."""
+        if shard.sha256 is None or not self._validate:
+            return True
+        self._checks.append(Check(f"{shard.path.name} sha256", shard.sha256, found))
+        return shard.sha256 == found
+
+    def _check_disk(self, file: TokensFile, consume: bool) -> None:
+        left = self._record.tokens_nbytes - file.nbytes
+        # Consuming, the shard in the making is the only one that is there twice.
+        needed = min(left, max(shard.tokens for shard in self._shards) * self._record.itemsize) if consume else left
+        # Room an earlier run has claimed is ours, and let go of only afterwards.
+        free = shutil.disk_usage(self._root).free + max(0, file.allocated_nbytes - file.nbytes)
+        if needed > free:
+            raise StorageError(
+                f"{self._root}: the disk cannot hold {layout.TOKENS}: {needed / 1e9:.2f} GB needed, "
+                f"{free / 1e9:.2f} GB free",
+                next_step="make room, or give --consume: each shard is then deleted once it is in tokens.bin",
+            )
+
+    def _copy(self, file: TokensFile, consume: bool, show: Show) -> None:
+        reliable = all(check.passed for check in self._checks)
+        journaled = file.nbytes
+        waiting = list(self._record.shards)
+        if consume:
+            self._retire(self._shards[: len(waiting)])
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-sha256") as hashing:
+            copier = _Copier(file, self._record.itemsize, hashing)
+            for index in range(len(waiting), len(self._shards)):
+                shard = self._shards[index]
+                found = copier.copy(shard, lambda: show(file.nbytes, self._record.tokens_nbytes))
+                reliable = self._compare(shard, found) and reliable
+                waiting.append(CopiedShard(shard.tokens, found))
+                if reliable and (consume or file.nbytes - journaled >= _JOURNAL_NBYTES):
+                    file.sync()
+                    self._record.shards = list(waiting)
+                    manifests.save_consolidated(self._root, self._record)
+                    journaled = file.nbytes
+                    if consume:
+                        self._retire([shard])
+        self._record.shards = waiting
+
+    def _retire(self, shards: list[Shard]) -> None:
+        """Delete shards that are durable in `tokens.bin` and recorded."""
+        for shard in shards:
+            if shard.present:
+                with storage.reported(shard.path):
+                    shard.path.unlink(missing_ok=True)
+                self._consumed += 1
+
+    def _withdraw(self, file: TokensFile) -> None:
+        """After a failed validation: as it was before, unless what is stored is the only copy."""
+        if self._consumed or not all(shard.present for shard in self._shards):
+            return
+        file.discard()
+        with storage.reported(self._root / layout.CONSOLIDATED):
+            (self._root / layout.CONSOLIDATED).unlink()
+
+    def final_checks(self, record: Consolidated) -> list[Check]:
+        """Totals, some ids made again from the stored bytes, and the published digests."""
+        if not self._validate:
+            return []
+        checks = []
+        if self._manifest is not None:
+            checks.append(Check("tokens.bin tokens", str(self._manifest.tokens), str(record.tokens)))
+        checks += spot_checks(self._root, record)
+        if self._published is not None and (record.seq_len, record.id_scheme) == (DEFAULT_SEQ_LEN, "templar-v1"):
+            checks += published_checks(PUBLISHED[self._published], record)
+        elif self._published is not None:
+            checks += published_checks(PUBLISHED[self._published], record)[:2]
+        return checks
+
+    def report(self, status: str, record: Consolidated, checks: list[Check], started: float) -> Report:
+        sources = [layout.MANIFEST] if self._manifest else []
+        if self._published:
+            sources.append(f"the published digests of {self._published}")
+        return Report(
+            root=str(self._root),
+            status=status,
+            record=record,
+            checks=checks,
+            validated=self._validate and bool(sources),
+            against=" and ".join(sources),
+            consumed=self._consumed,
+            adopted_nbytes=self._adopted_nbytes,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+
+class _Copier:
+    """Reads shards into a few buffers that take turns."""
+
+    def __init__(self, file: TokensFile, itemsize: int, hashing: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._itemsize = itemsize
+        self._hashing = hashing
+        self._buffers = [memoryview(bytearray(CHUNK_NBYTES)) for _ in range(_BUFFERS)]
+        self._in_use: list[list[Future[None]]] = [[] for _ in range(_BUFFERS)]
+        self._turn = 0
+
+    def copy(self, shard: Shard, progressed: Callable[[], None]) -> str:
+        """Append a shard's tokens; the SHA-256 of its file."""
+        sha256 = hashlib.sha256(shard.header)
+        left = shard.tokens * self._itemsize
+        last: Future[None] | None = None
+        with shard.path.open("rb", buffering=0) as source:
+            source.seek(len(shard.header))
+            while left:
+                buffer, in_use = self._buffers[self._turn], self._in_use[self._turn]
+                for future in in_use:
+                    future.result()
+                count = source.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise DataRootError(
+                        f"{shard.path}: ended {left} bytes early: it changed while it was read",
+                        next_step="make sure that nothing else writes there, then run the same command again",
+                    )
+                data = buffer[:count]
+                last = self._hashing.submit(sha256.update, data)
+                self._in_use[self._turn] = [last, self._file.append(data)]
+                self._turn = (self._turn + 1) % _BUFFERS
+                left -= count
+                progressed()
+        if last is not None:
+            last.result()
+        return sha256.hexdigest()

@@ -1,0 +1,47 @@
+"""Ids: bytes of tokens → sample ids; and, run as a program, a worker process that does so.
+
+BLAKE2b of a few kilobytes holds the interpreter lock too often for threads to help (two threads
+made fewer ids than one), so `tokens_file.py` runs this file in processes. It therefore imports the
+standard library only.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from hashlib import blake2b
+from pathlib import Path
+
+REQUEST = struct.Struct("<QQ")
+"""Of a worker, on its standard input: first byte of the file, number of bytes. It answers with the ids."""
+
+
+def sample_ids(data: bytes | memoryview, window_nbytes: int) -> bytes:
+    """The ids, 8 bytes each, of consecutive windows of `data`; the last window may be short."""
+    windows = range(0, len(data), window_nbytes)
+    return b"".join([blake2b(data[at : at + window_nbytes], digest_size=8).digest() for at in windows])
+
+
+EMPTY_ID = blake2b(b"", digest_size=8).digest()
+"""Of a window without bytes."""
+
+
+def serve(path: str, window_nbytes: int) -> None:
+    """Answer requests until standard input ends."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it then hangs up
+    with Path(path).open("rb", buffering=0) as file:
+        while request := sys.stdin.buffer.read(REQUEST.size):
+            offset, nbytes = REQUEST.unpack(request)
+            file.seek(offset)
+            data = memoryview(bytearray(nbytes))
+            filled = 0
+            while filled < nbytes and (count := file.readinto(data[filled:])):
+                filled += count
+            sys.stdout.buffer.write(sample_ids(data[:filled], window_nbytes))
+            sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
