@@ -131,6 +131,14 @@ _speed_options = [
 ]
 
 
+_data_root = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
+_id_scheme = click.option(
+    "--id-scheme",
+    type=click.Choice(layout.ID_SCHEMES),
+    help="Of sample ids.  [templar-v1 for the published Templar data set, else blake2b-64]",
+)
+
+
 def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed(options):
@@ -144,6 +152,8 @@ def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], 
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @_recipe_options
 @_with(_speed_options)
+@click.option("--consolidated", is_flag=True, help="Write tokens.bin and sample_ids.bin at once, no shards.")
+@_id_scheme
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs; make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
@@ -154,6 +164,8 @@ def pretokenize(
     workers: int | None,
     span_rows: int | None,
     engine_tokenizer: str,
+    consolidated: bool,
+    id_scheme: layout.IdScheme | None,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -172,25 +184,21 @@ def pretokenize(
     resolved = load_recipe(recipe, _overrides(fields))
     cores = _cores(workers)
     if dry_run:
-        _dry_run(resolved, output, cores, engine_tokenizer, as_json)
+        _dry_run(resolved, output, as_json, workers=cores, engine_tokenizer=engine_tokenizer, consolidated=consolidated)
         return
-    run(
+    summary = run(
         resolved,
         output,
         workers=cores,
         span_rows=span_rows,
         engine_tokenizer=engine_tokenizer,
+        consolidated=consolidated,
+        id_scheme=id_scheme,
         quiet=quiet,
         as_json=as_json,
     )
-
-
-_data_root = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
-_id_scheme = click.option(
-    "--id-scheme",
-    type=click.Choice(layout.ID_SCHEMES),
-    help="Of sample ids.  [templar-v1 for the published Templar data set, else blake2b-64]",
-)
+    if summary.proof is not None and not summary.proof.passed:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -211,10 +219,7 @@ _id_scheme = click.option(
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless it fails.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
-@click.pass_context
 def consolidate(
-    context: click.Context,
-    /,
     data_root: Path,
     *,
     token_dtype: str | None,
@@ -249,9 +254,10 @@ def consolidate(
         _say_stopped("run the same command again to go on", stop)
     if as_json:
         click.echo(msgspec.json.encode(result))
-    elif not (quiet and result.passed):
+    elif not (quiet and result.proof.passed):
         _echo(report.consolidation_lines(result, skipped=skip_validation))
-    context.exit(0 if result.passed else 1)
+    if not result.proof.passed:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -301,16 +307,7 @@ def _cores(workers: int | None) -> int:
     return workers if workers > 0 else max(1, available_cores() * 3 // 4)
 
 
-def run(
-    recipe: Recipe,
-    output: Path,
-    *,
-    workers: int,
-    span_rows: int | None = None,
-    engine_tokenizer: str = "auto",
-    quiet: bool = False,
-    as_json: bool = False,
-) -> Summary:
+def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = False, **options: Any) -> Summary:
     """Pretokenize with progress, a log file, a summary, and a clean end on Ctrl-C."""
     from tokenmill import pipeline, report, storage
     from tokenmill.allocator import keep_freed_memory
@@ -324,28 +321,22 @@ def run(
     try:
         with display(quiet=quiet or as_json) as shown:
             summary = pipeline.pretokenize(
-                recipe,
-                output,
-                workers=workers,
-                span_rows=span_rows,
-                engine_tokenizer=engine_tokenizer,
-                show=shown.show,
-                begin=lambda plan: shown.expect(plan.tokens),
+                recipe, output, show=shown.show, begin=lambda plan: shown.expect(plan.tokens), **options
             )
     except _InterruptedError as stop:
         _say_interrupted(output, stop)
     log.info("%s", msgspec.json.encode(summary).decode())
     if as_json:
         click.echo(msgspec.json.encode(summary))
-    elif not quiet:
+    elif not quiet or (summary.proof is not None and not summary.proof.passed):
         _echo(report.summary_lines(summary))
     return summary
 
 
-def _dry_run(recipe: Recipe, output: Path, workers: int, engine_tokenizer: str, as_json: bool) -> None:
+def _dry_run(recipe: Recipe, output: Path, as_json: bool, *, workers: int, **options: Any) -> None:
     from tokenmill import pipeline, preflight, report
 
-    prepared, figures = pipeline.plan(recipe, output, workers=workers, engine_tokenizer=engine_tokenizer)
+    prepared, figures = pipeline.plan(recipe, output, workers=workers, **options)
     if as_json:
         click.echo(msgspec.json.encode({"recipe": prepared.recipe, "preflight": figures}))
     else:

@@ -21,15 +21,7 @@ from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.inventory import Shard, find_shards_of, gap, refuse_foreign_tokens
 from tokenmill.manifest import Consolidated, CopiedShard, Manifest
-from tokenmill.proof import (
-    DEFAULT_SEQ_LEN,
-    PUBLISHED,
-    Check,
-    choose_scheme,
-    published_checks,
-    published_name,
-    spot_checks,
-)
+from tokenmill.proof import DEFAULT_SEQ_LEN, Check, Proof, choose_scheme, is_whole, prove
 from tokenmill.tokens_file import CHUNK_NBYTES, TokensFile, reopen, require_defined
 
 log = logging.getLogger("tokenmill")
@@ -49,20 +41,12 @@ class Report(msgspec.Struct, kw_only=True):
     root: str
     status: str
     """`complete`, `already complete`, or `failed`: nothing was published then."""
-    record: Consolidated
-    checks: list[Check]
-    validated: bool
-    against: str
-    """What the checks compared with, as words."""
+    proof: Proof
     consumed: int
     """Shards this run deleted."""
     adopted_nbytes: int
     """Of tokens that an earlier run had stored."""
     seconds: float
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
 
 
 def consolidate(
@@ -113,7 +97,7 @@ def consolidate(
         require_defined(wanted.id_scheme, wanted.tokens_nbytes)
         job = _Job(root, manifest, shards, wanted, validate=validate, published=published)
         if record is not None and _is_done(root, record, wanted) and not (consume and job.has_shards):
-            return job.report("already complete", record, job.final_checks(record), started)
+            return job.report("already complete", job.prove(record), started)
         return job.run(consume=consume, workers=workers, show=show, started=started)
 
 
@@ -142,10 +126,7 @@ def _settle(
 
 
 def _is_done(root: Path, record: Consolidated, wanted: Consolidated) -> bool:
-    """Whether what is wanted is recorded as complete, and both files have their sizes."""
-    paths = {root / layout.TOKENS: wanted.tokens_nbytes, root / layout.SAMPLE_IDS: wanted.sample_ids_nbytes}
-    whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
-    return whole and record.complete and record.tokens == wanted.tokens and record.settings == wanted.settings
+    return is_whole(root, record) and record.tokens == wanted.tokens and record.settings == wanted.settings
 
 
 class _Job:
@@ -166,7 +147,7 @@ class _Job:
         self._shards = shards
         self._record = record
         self._validate = validate
-        self._published = published_name(manifest, published, tokens=record.tokens)
+        self._published = published
         self._checks: list[Check] = []
         self._consumed = 0
         self._adopted_nbytes = 0
@@ -184,15 +165,14 @@ class _Job:
             self._check_disk(file, consume)
             file.begin(None if consume else self._record.tokens_nbytes)
             self._copy(file, consume, show)
-            self._record = file.seal()
-            self._checks += self.final_checks(self._record)
-            if not all(check.passed for check in self._checks):
+            proof = self.prove(file.seal())
+            if not proof.passed:
                 self._withdraw(file)
-                return self.report("failed", self._record, self._checks, started)
+                return self.report("failed", proof, started)
             file.publish()
-        manifests.save_consolidated(self._root, self._record)
-        log.info("consolidated: %s", msgspec.json.encode(self._record).decode())
-        return self.report("complete", self._record, self._checks, started)
+        manifests.save_consolidated(self._root, proof.record)
+        log.info("consolidated: %s", msgspec.json.encode(proof.record).decode())
+        return self.report("complete", proof, started)
 
     def _adopt(self, file: TokensFile, show: Show) -> None:
         """Take over the shards an earlier run stored, as far as they are what they must be."""
@@ -275,34 +255,18 @@ class _Job:
         if self._consumed or not all(shard.present for shard in self._shards):
             return
         file.discard()
-        with storage.reported(self._root / layout.CONSOLIDATED):
-            (self._root / layout.CONSOLIDATED).unlink()
 
-    def final_checks(self, record: Consolidated) -> list[Check]:
-        """Totals, some ids made again from the stored bytes, and the published digests."""
+    def prove(self, record: Consolidated) -> Proof:
+        """What was compared, if anything is to be."""
         if not self._validate:
-            return []
-        checks = []
-        if self._manifest is not None:
-            checks.append(Check("tokens.bin tokens", str(self._manifest.tokens), str(record.tokens)))
-        checks += spot_checks(self._root, record)
-        if self._published is not None and (record.seq_len, record.id_scheme) == (DEFAULT_SEQ_LEN, "templar-v1"):
-            checks += published_checks(PUBLISHED[self._published], record)
-        elif self._published is not None:
-            checks += published_checks(PUBLISHED[self._published], record)[:2]
-        return checks
+            return Proof(record=record, checks=[], against="")
+        return prove(self._root, record, self._manifest, shards=self._checks, published=self._published)
 
-    def report(self, status: str, record: Consolidated, checks: list[Check], started: float) -> Report:
-        sources = [layout.MANIFEST] if self._manifest else []
-        if self._published:
-            sources.append(f"the published digests of {self._published}")
+    def report(self, status: str, proof: Proof, started: float) -> Report:
         return Report(
             root=str(self._root),
             status=status,
-            record=record,
-            checks=checks,
-            validated=self._validate and bool(sources),
-            against=" and ".join(sources),
+            proof=proof,
             consumed=self._consumed,
             adopted_nbytes=self._adopted_nbytes,
             seconds=round(time.monotonic() - started, 3),

@@ -31,15 +31,17 @@ def serve(path: str, window_nbytes: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it then hangs up
+    buffer = memoryview(bytearray())
     with Path(path).open("rb", buffering=0) as file:
         while request := sys.stdin.buffer.read(REQUEST.size):
             offset, nbytes = REQUEST.unpack(request)
+            if nbytes > len(buffer):
+                buffer = memoryview(bytearray(nbytes))
             file.seek(offset)
-            data = memoryview(bytearray(nbytes))
             filled = 0
-            while filled < nbytes and (count := file.readinto(data[filled:])):
+            while filled < nbytes and (count := file.readinto(buffer[filled:nbytes])):
                 filled += count
-            sys.stdout.buffer.write(sample_ids(data[:filled], window_nbytes))
+            sys.stdout.buffer.write(sample_ids(buffer[:filled], window_nbytes))
             sys.stdout.buffer.flush()
 
 

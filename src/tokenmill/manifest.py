@@ -19,6 +19,8 @@ from tokenmill.recipe import Recipe
 
 VERSION = 1
 
+_ITEMSIZES: dict[layout.DTypeName, int] = {"uint8": 1, "uint16": 2, "uint32": 4}
+
 
 class Cursor(msgspec.Struct, frozen=True):
     """Where a shard begins in the output order."""
@@ -140,6 +142,11 @@ class Manifest(msgspec.Struct, kw_only=True):
         return self.recipe.dtype
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return _ITEMSIZES[self.stored_dtype]
+
+    @property
     def is_begun(self) -> bool:
         """Whether any shard was made."""
         return bool(self.shards or self.damaged)
@@ -201,7 +208,7 @@ class Consolidated(msgspec.Struct, kw_only=True):
     @property
     def itemsize(self) -> int:
         """Bytes of a token."""
-        return {"uint8": 1, "uint16": 2, "uint32": 4}[self.dtype]
+        return _ITEMSIZES[self.dtype]
 
     @property
     def window_nbytes(self) -> int:

@@ -23,10 +23,11 @@ from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
 from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
 from tokenmill.errors import SourceChangedError
-from tokenmill.manifest import Cursor, FileRecord, Manifest, TokenizerRecord
+from tokenmill.manifest import Consolidated, Cursor, FileRecord, Manifest, TokenizerRecord
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
+from tokenmill.proof import Proof, choose_scheme, is_whole, prove
 from tokenmill.recipe import Recipe, checked
 from tokenmill.resume import (
     agree_on_probe,
@@ -34,10 +35,13 @@ from tokenmill.resume import (
     refuse_foreign,
     refuse_inside,
     refuse_other,
+    refuse_other_form,
     set_damaged_aside,
+    set_lost_aside,
 )
 from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
 from tokenmill.tokenizer import load_tokenizer
+from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
 from tokenmill.writer import Writer
 
 _BLOCK_ROWS = 256
@@ -79,6 +83,8 @@ class Summary(msgspec.Struct, kw_only=True):
     engine: str
     remade: list[str]
     """Files of an earlier run that were missing or not what the manifest says."""
+    proof: Proof | None = None
+    """Of `tokens.bin` and `sample_ids.bin`, where there are such."""
 
 
 class Prepared(NamedTuple):
@@ -125,10 +131,15 @@ def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | N
 
 
 def plan(
-    recipe: Recipe, root: Path, *, workers: int | None = None, engine_tokenizer: str = "auto"
+    recipe: Recipe,
+    root: Path,
+    *,
+    workers: int | None = None,
+    engine_tokenizer: str = "auto",
+    consolidated: bool = False,
 ) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it; raises what it would raise before it begins."""
-    manifest, prepared = _agree(recipe, root, engine_tokenizer)
+    manifest, prepared = _agree(recipe, root, engine_tokenizer, consolidated=consolidated)
     _ = prepared.encoder.probe  # what a run would stop at
     done_tokens = manifest.tokens if manifest else 0
     return prepared, preflight(*prepared, root, workers=workers or available_cores(), done_tokens=done_tokens)
@@ -141,6 +152,8 @@ def pretokenize(
     workers: int | None = None,
     span_rows: int | None = None,
     engine_tokenizer: str = "auto",
+    consolidated: bool = False,
+    id_scheme: layout.IdScheme | None = None,
     show: Show = lambda progress: None,
     begin: Callable[[Preflight], None] = lambda plan: None,
 ) -> Summary:
@@ -152,6 +165,8 @@ def pretokenize(
         workers: encode threads; None takes every core.
         span_rows: rows per span; None lets their text decide.
         engine_tokenizer: `auto`, `gigatoken` or `hf`.
+        consolidated: write `tokens.bin` and `sample_ids.bin` at once, and no shard files.
+        id_scheme: of the sample ids then; None takes the recipe's (see `proof.choose_scheme`).
         show: called from the driver's thread as parts are handed to the writer.
         begin: called once with the preflight, before anything is made.
 
@@ -163,25 +178,70 @@ def pretokenize(
     storage.make_root(root)
     workload = Workload(workers or available_cores(), span_rows)
     with storage.held(root):
-        begun, prepared = _agree(recipe, root, engine_tokenizer)
+        begun, prepared = _agree(recipe, root, engine_tokenizer, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
         job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
+        if consolidated:
+            return _pretokenize_consolidated(job, id_scheme, show, begin, started)
+        if begun is None:
+            forget(root)
+        if manifest.complete and (record := manifests.load_consolidated(root)) is not None:
+            return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, record, manifest))
         remade = set_damaged_aside(root, manifest)
         if manifest.complete and not remade:
             agree_on_probe(root, manifest, prepared.encoder)
             manifests.save_if_changed(root, manifest)  # modification times, if the root was copied
             return _summary(job, "already complete", manifest.tokens, started)
-        manifest.complete = False
         done = manifest.tokens
-        # The checks take as long as loading the reference engine does: encode the first spans meanwhile.
-        with ThreadPoolExecutor(1, thread_name_prefix="check") as aside:
-            checks = aside.submit(_check, job)
-            audited = _run(job, show, lambda: begin(checks.result()))
+        audited = _make(job, None, show, begin)
         return _summary(job, "complete", done, started, audited=audited, remade=remade)
 
 
-def _agree(recipe: Recipe, root: Path, engine_tokenizer: str) -> tuple[Manifest | None, Prepared]:
+def _pretokenize_consolidated(
+    job: _Job, id_scheme: layout.IdScheme | None, show: Show, begin: Callable[[Preflight], None], started: float
+) -> Summary:
+    """Straight to `tokens.bin`; shards are only stretches of it, recorded as they become durable."""
+    root, manifest, recipe = job.root, job.manifest, job.prepared.recipe
+    before = manifests.load_consolidated(root)
+    wanted = Consolidated(
+        dtype=manifest.stored_dtype,
+        seq_len=recipe.seq_len,
+        id_scheme=id_scheme
+        or (before.id_scheme if before else choose_scheme(recipe, tokens=None, seq_len=recipe.seq_len)),
+    )
+    if manifest.complete and before is not None and is_whole(root, before) and before.settings == wanted.settings:
+        return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, before, manifest))
+    manifests.save_consolidated(root, wanted)
+    reopen(root)
+    audited, status = 0, "already complete"
+    with TokensFile(root, wanted) as file:
+        remade = set_lost_aside(root, manifest, file)
+        file.begin(None)
+        done = manifest.tokens
+        if remade or not manifest.complete:
+            audited, status = _make(job, file, show, begin), "complete"
+        require_defined(wanted.id_scheme, file.nbytes)
+        proof = prove(root, file.seal(), manifest)
+        if proof.passed:
+            file.publish()
+    if proof.passed:
+        manifests.save_consolidated(root, proof.record)
+    return _summary(job, status, done, started, audited=audited, remade=remade, proof=proof)
+
+
+def _make(job: _Job, file: TokensFile | None, show: Show, begin: Callable[[Preflight], None]) -> int:
+    """Make what the manifest does not prove; documents audited."""
+    job.manifest.complete = False
+    # The checks take as long as loading the reference engine does: encode the first spans meanwhile.
+    with ThreadPoolExecutor(1, thread_name_prefix="check") as aside:
+        checks = aside.submit(_check, job)
+        return _run(job, file, show, lambda: begin(checks.result()))
+
+
+def _agree(
+    recipe: Recipe, root: Path, engine_tokenizer: str, *, consolidated: bool
+) -> tuple[Manifest | None, Prepared]:
     """The manifest of a data root that was begun, if it was, and what must agree with it, prepared."""
     manifest = manifests.load(root)
     if manifest is None:
@@ -192,6 +252,7 @@ def _agree(recipe: Recipe, root: Path, engine_tokenizer: str) -> tuple[Manifest 
     refuse_inside(root, prepared.recipe, prepared.corpus)
     if manifest is not None:
         refuse_other(root, manifest, *prepared)
+        refuse_other_form(root, manifest, manifests.load_consolidated(root), consolidated=consolidated)
     return manifest, prepared
 
 
@@ -213,7 +274,14 @@ def _check(job: _Job) -> Preflight:
 
 
 def _summary(
-    job: _Job, status: str, done_before: int, started: float, *, audited: int = 0, remade: Sequence[str] = ()
+    job: _Job,
+    status: str,
+    done_before: int,
+    started: float,
+    *,
+    audited: int = 0,
+    remade: Sequence[str] = (),
+    proof: Proof | None = None,
 ) -> Summary:
     manifest = job.manifest
     seconds = time.monotonic() - started
@@ -235,6 +303,7 @@ def _summary(
         audited_documents=audited,
         engine=job.prepared.encoder.engine.version,
         remade=list(remade),
+        proof=proof,
     )
 
 
@@ -262,10 +331,10 @@ def _software(encoder: Encoder) -> dict[str, str]:
     return {name: version(name) for name in names} | {"engine": encoder.engine.version}
 
 
-def _run(job: _Job, show: Show, before_writing: Callable[[], None]) -> int:
+def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callable[[], None]) -> int:
     """Make every shard the manifest does not prove; documents audited."""
     engine = ThreadEngine(job.workload.workers)
-    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype)
+    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype, file)
     audited = 0
     try:
         ranges = missing_ranges(job.manifest)

@@ -5,6 +5,7 @@ What is compared with is the manifest and, for a data set that others have too, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,54 @@ class Check(msgspec.Struct):
         return self.expected == self.found
 
 
+class Proof(msgspec.Struct, kw_only=True):
+    """What finished files are, and what was compared."""
+
+    record: Consolidated
+    checks: list[Check]
+    against: str
+    """What the checks compared with, as words; empty if with nothing."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def prove(
+    root: Path,
+    record: Consolidated,
+    manifest: Manifest | None,
+    *,
+    shards: Sequence[Check] = (),
+    published: str | None = None,
+) -> Proof:
+    """Compare what is stored, published or still to be, with what says what it must be.
+
+    Args:
+        root: the data root.
+        record: of the finished files.
+        manifest: of the data root, if it has one.
+        shards: checks of the shards, made while they were read.
+        published: without a manifest, the built-in recipe whose published digests must be met.
+    """
+    checks = [*shards]
+    if manifest is not None:
+        checks.append(Check("tokens.bin tokens", str(manifest.tokens), str(record.tokens)))
+    checks += spot_checks(root, record)
+    name = published_name(manifest, published, tokens=record.tokens)
+    if name is not None:
+        checks += published_checks(PUBLISHED[name], record)
+    sources = [layout.MANIFEST] if manifest else []
+    sources += [f"the published digests of {name}"] if name else []
+    return Proof(record=record, checks=checks, against=" and ".join(sources))
+
+
+def is_whole(root: Path, record: Consolidated) -> bool:
+    """Whether both files are recorded as complete and have their sizes."""
+    paths = {root / layout.TOKENS: record.tokens_nbytes, root / layout.SAMPLE_IDS: record.sample_ids_nbytes}
+    return record.complete and all(p.is_file() and p.stat().st_size == nbytes for p, nbytes in paths.items())
+
+
 def is_unmodified(recipe: Recipe, name: str) -> bool:
     """Whether a resolved recipe is the built-in one, every field."""
     builtin = load_recipe(name)
@@ -72,10 +121,15 @@ def published_name(manifest: Manifest | None, asked: str | None, *, tokens: int)
 
 
 def published_checks(known: Published, record: Consolidated) -> list[Check]:
-    """What others have against what was made; the tokens first."""
-    return [
+    """What others have against what was made; their ids only if ours are of the same scheme."""
+    checks = [
         Check("tokens.bin tokens", str(known.tokens), str(record.tokens)),
         Check("tokens.bin sha256", known.tokens_sha256, record.tokens_sha256),
+    ]
+    if (record.seq_len, record.id_scheme) != (DEFAULT_SEQ_LEN, "templar-v1"):
+        return checks
+    return [
+        *checks,
         Check("sample_ids.bin ids", str(known.samples), str(record.samples)),
         Check("sample_ids.bin sha256", known.sample_ids_sha256, record.sample_ids_sha256),
     ]

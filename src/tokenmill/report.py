@@ -6,9 +6,11 @@ from pathlib import Path
 
 from tokenmill.consolidate import Report
 from tokenmill.layout import SAMPLE_IDS, TOKENS
+from tokenmill.manifest import Consolidated
 from tokenmill.pipeline import Prepared, Summary
 from tokenmill.preflight import Preflight
 from tokenmill.progress import count, duration
+from tokenmill.proof import Proof
 
 
 def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -39,11 +41,11 @@ def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: in
 
 def summary_lines(summary: Summary) -> list[str]:
     """What a run of `pretokenize` did."""
-    made = f"{summary.root}: {summary.tokens:,} tokens in {_shards(summary.shards)} ({summary.dtype}), "
+    place = _shards(summary.shards) if summary.proof is None else TOKENS
+    made = f"{summary.root}: {summary.tokens:,} tokens in {place} ({summary.dtype}), "
+    proof = proof_lines(summary.proof) if summary.proof else []
     if summary.status == "already complete":
-        return [
-            f"{summary.root}: already complete: {summary.tokens:,} tokens in {_shards(summary.shards)}; nothing to do"
-        ]
+        return [f"{summary.root}: already complete: {summary.tokens:,} tokens in {place}; nothing to do", *proof]
     return [
         *(f"{name} was missing or damaged: made again" for name in summary.remade),
         f"{made}{summary.documents:,} documents",
@@ -51,6 +53,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"{summary.skipped_empty:,} empty; {summary.special_documents:,} documents hold control-token strings",
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal",
+        *proof,
     ]
 
 
@@ -59,46 +62,46 @@ def _shards(count: int) -> str:
 
 
 def consolidation_lines(result: Report, *, skipped: bool) -> list[str]:
-    """What `tokens.bin` and `sample_ids.bin` are, each check, and the verdict last."""
-    record = result.record
-    lines = [
-        f"{TOKENS:<16} {record.tokens:,} tokens ({record.dtype})  sha256 {record.tokens_sha256}",
-        f"{SAMPLE_IDS:<16} {record.samples:,} ids ({record.id_scheme}, {record.seq_len} tokens each)  "
-        f"sha256 {record.sample_ids_sha256}",
-    ]
-    if result.status == "already complete":
-        lines.append("already complete; nothing to do")
-    else:
-        lines.append(f"{record.tokens_nbytes / 1e9:.3f} GB in {result.seconds:.1f} s")
+    """What a consolidation did, and the proof of it."""
+    record = result.proof.record
+    lines = ["already complete; nothing to do"]
+    if result.status != "already complete":
+        lines = [f"{record.tokens_nbytes / 1e9:.3f} GB in {result.seconds:.1f} s"]
     if result.adopted_nbytes:
         lines.append(f"{result.adopted_nbytes / 1e9:.3f} GB of it had been copied by an earlier run")
     if result.consumed:
         lines.append(f"{_shards(result.consumed)} deleted: {TOKENS} has their bytes")
-    return [*lines, *check_lines(result), *_verdict(result, skipped)]
+    if skipped:
+        return [*lines, *file_lines(record), "Validation skipped: nothing was compared, so nothing was proven."]
+    return [*lines, *proof_lines(result.proof)]
 
 
-def check_lines(result: Report) -> list[str]:
-    """PASS or FAIL of every check; shards that pass share a line."""
-    lines: list[str] = []
-    shards = [check for check in result.checks if check.name.startswith("train_")]
+def file_lines(record: Consolidated) -> list[str]:
+    """What the two files are."""
+    return [
+        f"{TOKENS:<15} {record.tokens:,} tokens ({record.dtype})  sha256 {record.tokens_sha256}",
+        f"{SAMPLE_IDS:<15} {record.samples:,} ids ({record.id_scheme}, {record.seq_len:,} tokens each)  "
+        f"sha256 {record.sample_ids_sha256}",
+    ]
+
+
+def proof_lines(proof: Proof) -> list[str]:
+    """PASS or FAIL of every check, the verdict last; shards that pass share a line."""
+    lines = file_lines(proof.record)
+    shards = [check for check in proof.checks if check.name.startswith("train_")]
     if good := sum(check.passed for check in shards):
         lines.append(f"{'shards sha256':<24} PASS  {good:,} of {len(shards):,}")
-    for check in result.checks:
+    for check in proof.checks:
         if not check.passed:
             lines += [f"{check.name:<24} FAIL", f"  expected  {check.expected}", f"  actual    {check.found}"]
         elif check not in shards:
             lines.append(f"{check.name:<24} PASS  {check.found}")
-    return lines
-
-
-def _verdict(result: Report, skipped: bool) -> list[str]:
-    if skipped:
-        return ["Validation skipped: nothing was compared, so nothing was proven."]
-    if not result.passed:
-        return ["\u274c Preprocessing failed validation!"]
-    if not result.validated:
+    if not proof.passed:
+        return [*lines, "\u274c Preprocessing failed validation!"]
+    if not proof.against:
         return [
+            *lines,
             "Nothing to compare with: there is no manifest.json, and no published data set has this many tokens. "
-            "The digests above are recorded, not proven."
+            "The digests above are recorded, not proven.",
         ]
-    return [f"compared with {result.against}", "\u2705 Preprocessing complete!"]
+    return [*lines, f"compared with {proof.against}", "\u2705 Preprocessing complete!"]

@@ -13,16 +13,18 @@ from pathlib import Path
 from tokenmill import layout
 from tokenmill.encode import Encoder
 from tokenmill.errors import DataRootError, SourceChangedError, TokenizerError
-from tokenmill.manifest import Manifest, ShardRecord
+from tokenmill.manifest import Consolidated, Manifest, ShardRecord
 from tokenmill.recipe import Recipe
 from tokenmill.source import Corpus
+from tokenmill.tokens_file import TokensFile
 
 log = logging.getLogger("tokenmill")
 
 
 def refuse_foreign(root: Path) -> None:
     """A directory without a manifest must hold nothing we would write over."""
-    found = next((path for pattern in (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB) for path in root.glob(pattern)), None)
+    patterns = (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB, layout.TOKENS, layout.SAMPLE_IDS)
+    found = next((path for pattern in patterns for path in root.glob(pattern)), None)
     if found is not None:
         raise DataRootError(
             f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
@@ -87,6 +89,54 @@ def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
                 f"expected {described[0]}, found {described[1]}",
                 next_step="restore the file, or start in another directory",
             )
+
+
+def refuse_other_form(root: Path, manifest: Manifest, record: Consolidated | None, *, consolidated: bool) -> None:
+    """A data root that was begun as shards goes on as shards, and one that was begun as `tokens.bin` as that."""
+    join = f"run: tokenmill consolidate {root}"
+    if record is None:
+        if consolidated and manifest.is_begun:
+            raise DataRootError(
+                f"{root}: was begun as shards, and cannot go on as {layout.TOKENS}",
+                next_step=join if manifest.complete else f"run the command without --consolidated, then {join}",
+            )
+    elif record.complete:
+        return
+    elif manifest.is_begun and any(root.glob(layout.SHARD_GLOB)):
+        raise DataRootError(f"{root}: its shards are being consolidated", next_step=join)
+    elif manifest.is_begun and not consolidated:
+        raise DataRootError(
+            f"{root}: was begun as {layout.TOKENS}, and cannot go on as shards",
+            next_step="run the command with --consolidated",
+        )
+
+
+def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile) -> list[str]:
+    """Let `file` adopt the shards the manifest records, as far as it holds them; the names of the others.
+
+    Their records move to `damaged`.
+    """
+    records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
+    for index, record in enumerate(records):
+        nbytes = record.tokens * manifest.itemsize
+        header = layout.npy_header(layout.token_dtype(manifest.recipe.dtype), record.tokens)
+        documents = root / layout.documents_name(record.index)
+        if (
+            record.index != index
+            or file.stored_nbytes < file.nbytes + nbytes
+            or file.digest(header, nbytes) != record.sha256
+            or not documents.is_file()
+            or _sha256(documents) != record.documents_sha256
+        ):
+            break
+        file.adopt(nbytes)
+        manifest.add(record)
+    lost = records[len(manifest.shards) :]
+    manifest.damaged.extend(lost)
+    names = [layout.shard_name(record.index) for record in lost]
+    for name in names:
+        log.warning("%s does not hold what the manifest records as %s; it will be made again", layout.TOKENS, name)
+    return names
 
 
 def set_damaged_aside(root: Path, manifest: Manifest) -> list[str]:

@@ -1,13 +1,14 @@
-"""Shard, stage 5: parts of blocks → a shard file, its documents sidecar, and its record.
+"""Shard, stage 5: parts of blocks → a shard, its documents sidecar, and its record.
 
-A shard streams to its file: memory holds one part at a time. Write and hash run where `append` is
-called, off the driver's thread.
+A shard streams to its place, a file of its own or a stretch of `tokens.bin`: memory holds one part
+at a time. Write and hash run where `append` is called, off the driver's thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from tokenmill.errors import SourceChangedError, StorageError
 from tokenmill.manifest import Count, Cursor, ShardRecord
 from tokenmill.pack import Block, Part
 from tokenmill.storage import AtomicFile, write_whole
+from tokenmill.tokens_file import TokensFile
 
 _DOCUMENTS_SCHEMA = pa.schema(
     {
@@ -32,12 +34,92 @@ _DOCUMENTS_SCHEMA = pa.schema(
 _DOCUMENTS_ROW_GROUP = 1 << 18
 
 
+class Place(Protocol):
+    """Where the tokens of one shard go."""
+
+    path: Path
+
+    def write(self, tokens: memoryview) -> None: ...
+
+    def digest(self, header: bytes) -> str:
+        """SHA-256 of `header` and the tokens written."""
+        ...
+
+    def publish(self, header: bytes) -> int:
+        """Make the shard durable; the modification time of its file in ns, 0 if it has none."""
+        ...
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        ...
+
+
+class ShardFile:
+    """A file of its own, `train_NNNNNN.npy`."""
+
+    def __init__(self, path: Path, header: bytes) -> None:
+        self.path = path
+        self._header = header
+        self._file = AtomicFile(path)
+        try:
+            self._file.write(header)
+        except StorageError:
+            self._file.discard()
+            raise
+
+    def write(self, tokens: memoryview) -> None:
+        self._file.write(tokens)
+
+    def digest(self, header: bytes) -> str:
+        self._set_header(header)
+        with self._file.read_back() as written:
+            return hashlib.file_digest(written, "sha256").hexdigest()
+
+    def publish(self, header: bytes) -> int:
+        self._set_header(header)
+        self._file.publish()
+        return self.path.stat().st_mtime_ns
+
+    def discard(self) -> None:
+        self._file.discard()
+
+    def _set_header(self, header: bytes) -> None:
+        if header != self._header:
+            self._file.overwrite(0, header)
+            self._header = header
+
+
+class ShardStretch:
+    """A stretch of `tokens.bin`; shards are written one after the other."""
+
+    def __init__(self, file: TokensFile) -> None:
+        self.path = file.path
+        self._file = file
+        self._begin = file.nbytes
+        self._nbytes = 0
+
+    def write(self, tokens: memoryview) -> None:
+        self._file.append(tokens)
+        self._nbytes += len(tokens)
+
+    def digest(self, header: bytes) -> str:
+        return self._file.digest(header, self._nbytes, at=self._begin)
+
+    def publish(self, header: bytes) -> int:  # it has no header here
+        self._file.sync()
+        return 0
+
+    def discard(self) -> None:
+        """Nothing: what is not recorded is cut off by the next run."""
+
+
 class ShardWriter:
     """One shard in the making.
 
     Args:
         root: the data root.
         index: of the shard.
+        place: where its tokens go.
         tokens: the shard's size if it is full; the last one may end with less.
         dtype: of a token.
         paths: names of the source files, by index.
@@ -47,35 +129,29 @@ class ShardWriter:
         self,
         root: Path,
         index: int,
+        place: Place,
         *,
         tokens: int,
         dtype: layout.TokenDType,
         paths: pa.Array,
     ) -> None:
         self.index = index
+        self._place = place
         self._expected = tokens
         self._dtype = dtype
         self._tokens = 0
         self._documents = Documents(root / layout.documents_name(index), paths)
         self._ledger: dict[int, Count] = {}
-        self._file = AtomicFile(root / layout.shard_name(index))
-        self._sha256 = hashlib.sha256()
-        try:
-            self._write(layout.npy_header(dtype, tokens))
-        except StorageError:
-            self.discard()
-            raise
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
+        self._sha256 = hashlib.sha256(layout.npy_header(dtype, tokens))
 
     def append(self, block: Block, part: Part, position: int) -> None:
         """Write a part whose first token is at `position` of the stream."""
         rows = block.rows(part.begin, part.end)
         tokens = np.empty(part.tokens, self._dtype)
         np.concatenate(rows.pieces(part.skip, part.tokens), out=tokens)
-        self._write(tokens.data.cast("B"))
+        data = tokens.data.cast("B")
+        self._place.write(data)
+        self._sha256.update(data)
         self._tokens += part.tokens
         self.count(tally(block.rows(part.first_start, part.end)))
         self._note_documents(rows, position - part.skip, part.skip > 0)
@@ -100,19 +176,16 @@ class ShardWriter:
         Raises:
             SourceChangedError: the shard was made before and is another now. It is not published.
         """
-        if self._tokens < self._expected:
-            header = layout.npy_header(self._dtype, self._tokens)
-            self._file.overwrite(0, header)
-            with self._file.read_back() as written:
-                self._sha256 = hashlib.file_digest(written, "sha256")
-        sha256 = self._sha256.hexdigest()
+        header = layout.npy_header(self._dtype, self._tokens)
+        sha256 = self._sha256.hexdigest() if self._tokens == self._expected else self._place.digest(header)
         if expected is not None and (sha256, next_cursor) != (expected.sha256, expected.next_cursor):
             raise SourceChangedError(
-                f"{self._file.path}: made again it is another shard: expected sha256 {expected.sha256}, found {sha256}",
+                f"{self._place.path.parent / layout.shard_name(self.index)}: made again it is another shard: "
+                f"expected sha256 {expected.sha256}, found {sha256}",
                 next_step="the text of the corpus changed since: restore it, or start in another directory",
             )
         documents_sha256 = self._documents.publish()
-        self._file.publish()
+        mtime_ns = self._place.publish(header)
         return ShardRecord(
             index=self.index,
             tokens=self._tokens,
@@ -120,13 +193,13 @@ class ShardWriter:
             documents=self._documents.count,
             documents_sha256=documents_sha256,
             next_cursor=next_cursor,
-            mtime_ns=self._file.path.stat().st_mtime_ns,
+            mtime_ns=mtime_ns,
             ledger=[self._ledger[file] for file in sorted(self._ledger)],
         )
 
     def discard(self) -> None:
         """Remove what was written of the shard."""
-        self._file.discard()
+        self._place.discard()
 
 
 class Documents:

@@ -26,8 +26,8 @@ from tokenmill.errors import RecipeError, StorageError
 from tokenmill.manifest import Consolidated
 from tokenmill.storage import reported
 
-CHUNK_NBYTES = 4 << 20
-"""Read, hashed and written at once: the lanes hand it on, so it should stay in the cache."""
+CHUNK_NBYTES = 8 << 20
+"""Read, hashed and written at once."""
 _WAITING = 6
 """Chunks that wait for the SHA-256 lane."""
 _MAX_WORKERS = 4
@@ -191,11 +191,9 @@ class TokensFile:
         storage.publish(self.partial, self.path)
 
     def discard(self) -> None:
-        """Remove both files."""
+        """Remove both files and their record."""
         self.close()
-        for path in (self.partial, _partial(self._ids_path)):
-            with reported(path):
-                path.unlink(missing_ok=True)
+        forget(self.path.parent)
 
     def close(self) -> None:
         """Let go of threads, processes and files; what is stored stays."""
@@ -217,6 +215,13 @@ def reopen(root: Path) -> None:
         if (root / layout.TOKENS).exists():
             (root / layout.TOKENS).replace(_partial(root / layout.TOKENS))
         (root / layout.SAMPLE_IDS).unlink(missing_ok=True)
+
+
+def forget(root: Path) -> None:
+    """Remove what a run left that was refused before it made anything."""
+    for path in (_partial(root / layout.TOKENS), _partial(root / layout.SAMPLE_IDS), root / layout.CONSOLIDATED):
+        with reported(path):
+            path.unlink(missing_ok=True)
 
 
 def require_defined(id_scheme: layout.IdScheme, nbytes: int) -> None:

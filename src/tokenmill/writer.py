@@ -22,7 +22,8 @@ from tokenmill import manifest as manifests
 from tokenmill.errors import StorageError
 from tokenmill.manifest import Count, Cursor, Manifest
 from tokenmill.pack import Block, Part
-from tokenmill.shard import ShardWriter, tally
+from tokenmill.shard import Place, ShardFile, ShardStretch, ShardWriter, tally
+from tokenmill.tokens_file import TokensFile
 
 log = logging.getLogger("tokenmill")
 
@@ -64,10 +65,20 @@ class _Lane:
 
 
 class Writer:
-    """Writes the shards it is handed the parts of, in order; keeps the manifest."""
+    """Writes the shards it is handed the parts of, in order; keeps the manifest.
 
-    def __init__(self, root: Path, manifest: Manifest, dtype: layout.TokenDType) -> None:
+    Args:
+        root: the data root.
+        manifest: of the data set, entered into as shards are finished.
+        dtype: of a token.
+        tokens_file: takes the tokens of all shards; None gives each a file of its own.
+    """
+
+    def __init__(
+        self, root: Path, manifest: Manifest, dtype: layout.TokenDType, tokens_file: TokensFile | None = None
+    ) -> None:
         self._root = root
+        self._tokens_file = tokens_file
         self._manifest = manifest
         self._dtype = dtype
         self._paths = pa.array([file.path for file in manifest.files], pa.string())
@@ -132,7 +143,12 @@ class Writer:
     def _open(self, index: int) -> ShardWriter:
         size, total = self._manifest.recipe.shard_size, self._manifest.recipe.total_tokens
         tokens = size if total is None else min(size, total - index * size)
-        shard = ShardWriter(self._root, index, tokens=tokens, dtype=self._dtype, paths=self._paths)
+        place: Place
+        if self._tokens_file is not None:
+            place = ShardStretch(self._tokens_file)
+        else:
+            place = ShardFile(self._root / layout.shard_name(index), layout.npy_header(self._dtype, tokens))
+        shard = ShardWriter(self._root, index, place, tokens=tokens, dtype=self._dtype, paths=self._paths)
         self._unfinished.append(shard)
         shard.count(self._idle)
         self._idle.clear()
