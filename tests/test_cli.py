@@ -35,12 +35,26 @@ def flags(name: str) -> list[str]:
 
 
 def test_commands_flags_and_names_are_frozen() -> None:
-    assert sorted(cli.commands) == ["demo", "pretokenize"]
+    assert sorted(cli.commands) == [
+        *("consolidate", "demo", "info", "pretokenize", "show", "stats", "test-shard", "verify", "where"),
+    ]
     speed = ["--num-proc", "--chunk-size", "--engine-tokenizer"]
-    assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, "--dry-run", "-q", "--quiet", "--json"]
+    quiet, as_json = ["-q", "--quiet"], ["--json"]
+    straight = ["--consolidated", "--id-scheme", "--dry-run"]
+    assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *quiet, *as_json]
+    assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *quiet]
+    join = ["--seq-len", "--token-dtype", "--id-scheme", "--consume", "--skip-validation", "--published"]
+    assert flags("consolidate") == [*join, *quiet, *as_json]
+    assert flags("verify") == ["--quick", "--deep", "--dataset", "--tokenizer", "--num-proc", *quiet, *as_json]
+    assert flags("info") == flags("stats") == as_json
+    assert flags("show") == ["--sample", "--ids", *as_json]
+    assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == ["--num-proc"]
-    assert tokenmill.__all__ == ["Recipe", "Summary", "TokenmillError", "buffer_order", "load_recipe", "pretokenize"]
-    assert all(getattr(tokenmill, name) for name in tokenmill.__all__)
+    assert tokenmill.__all__ == [
+        *("Recipe", "Summary", "TokenmillError", "buffer_order", "consolidate", "load_recipe", "pretokenize", "verify"),
+    ]
+    for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time
+        assert callable(getattr(tokenmill, name))
 
 
 def test_every_recipe_field_has_its_flag_and_help_tells_its_default() -> None:

@@ -9,23 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenmill.consolidation import consolidate as consolidate
     from tokenmill.errors import TokenmillError as TokenmillError
     from tokenmill.order import buffer_order as buffer_order
     from tokenmill.pipeline import Summary as Summary
     from tokenmill.pipeline import pretokenize as pretokenize
     from tokenmill.recipe import Recipe as Recipe
     from tokenmill.recipe import load_recipe as load_recipe
+    from tokenmill.verification import verify as verify
 
 _HOMES = {
     "Recipe": "recipe",
     "Summary": "pipeline",
     "TokenmillError": "errors",
     "buffer_order": "order",
+    "consolidate": "consolidation",
     "load_recipe": "recipe",
     "pretokenize": "pipeline",
+    "verify": "verification",
 }
 
-__all__ = ["Recipe", "Summary", "TokenmillError", "buffer_order", "load_recipe", "pretokenize"]
+__all__ = [
+    "Recipe",
+    "Summary",
+    "TokenmillError",
+    "buffer_order",
+    "consolidate",
+    "load_recipe",
+    "pretokenize",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -131,6 +131,7 @@ _speed_options = [
 ]
 
 
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 _data_root = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
 _id_scheme = click.option(
     "--id-scheme",
@@ -156,7 +157,7 @@ def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], 
 @_id_scheme
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs; make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
+@_json
 def pretokenize(
     output: Path,
     recipe: str | None,
@@ -218,7 +219,7 @@ def pretokenize(
     help="Shards without a manifest must be those of this published data set.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless it fails.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
+@_json
 def consolidate(
     data_root: Path,
     *,
@@ -240,7 +241,7 @@ def consolidate(
       tokenmill consolidate data/ --consume          # needs room for one shard, not for all
     """
     from tokenmill import report
-    from tokenmill.consolidate import consolidate as join
+    from tokenmill.consolidation import consolidate as join
     from tokenmill.progress import byte_display
 
     if data_root.is_dir():
@@ -258,6 +259,176 @@ def consolidate(
         _echo(report.consolidation_lines(result, skipped=skip_validation))
     if not result.proof.passed:
         raise click.exceptions.Exit(1)
+
+
+@cli.command("test-shard")
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@_recipe_options
+@_with(_speed_options)
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def test_shard(
+    output: Path,
+    recipe: str | None,
+    *,
+    workers: int | None,
+    span_rows: int | None,
+    engine_tokenizer: str,
+    quiet: bool,
+    **fields: object,
+) -> None:
+    """Make only the first shard of a data set, in the directory OUTPUT, to try things on.
+
+    The shard is the one that `tokenmill pretokenize` with the same flags makes first, byte for byte.
+    One that is there already is kept if it has at least 90% of the wanted tokens.
+    """
+    from tokenmill import report, single_shard
+
+    wanted = single_shard.first_shard(load_recipe(recipe, _overrides(fields)))
+    path = output / layout.shard_name(0)
+    existing = single_shard.existing_tokens(output)
+    if existing is not None:
+        _tell(quiet, f"{path}: a shard of {existing:,} tokens is there already")
+        if single_shard.is_sufficient(existing, wanted):
+            _tell(quiet, f"that is at least 90% of the wanted {wanted.shard_size:,}: it is kept, nothing to do")
+            return
+        _tell(quiet, f"that is less than 90% of the wanted {wanted.shard_size:,}: it is made again")
+        single_shard.make_way(output, wanted)
+    run(wanted, output, workers=_cores(workers), span_rows=span_rows, engine_tokenizer=engine_tokenizer, quiet=quiet)
+    if not quiet:
+        _echo(report.statistics_lines(single_shard.shard_statistics(path)))
+
+
+@cli.command()
+@_data_root
+@click.option("--quick", is_flag=True, help="Only sizes, headers and whether the manifest agrees with itself; instant.")
+@click.option(
+    "--deep",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Also encode N documents of the source again, and rebuild one shard from it.",
+)
+@click.option(
+    "--dataset", multiple=True, metavar="PATH", help="Where the corpus is now, for --deep.  [as the manifest says]"
+)
+@click.option("--tokenizer", metavar="PATH|NAME", help="Where the tokenizer is now, for --deep.  [likewise]")
+@click.option("--num-proc", "workers", type=int, metavar="N", help="Threads; 0 or less means 75% of the cores.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless something is wrong.")
+@_json
+def verify(
+    data_root: Path, *, workers: int | None, quiet: bool, as_json: bool, dataset: tuple[str, ...], **options: Any
+) -> None:
+    """Prove that the data set in DATA_ROOT is what its manifest says; exit code 1 if anything is not.
+
+    Reads every byte: digests, sample ids, token ids, documents, ledger. Writes nothing. With --deep it
+    goes back to the source and the reference tokenizer engine.
+    """
+    from tokenmill import report
+    from tokenmill.progress import byte_display
+    from tokenmill.verification import verify as check
+
+    if options["quick"] and options["deep"]:
+        raise click.UsageError("--quick and --deep exclude each other")
+    with byte_display(quiet=quiet or as_json) as show:
+        result = check(data_root, dataset=dataset or None, workers=_cores(workers), show=show, **options)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+    elif not (quiet and result.passed):
+        _echo(report.verification_lines(result))
+    if not result.passed:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@_data_root
+@_json
+def info(data_root: Path, *, as_json: bool) -> None:
+    """What the data set in DATA_ROOT is, and how it was made."""
+    from tokenmill import look, report
+
+    found = look.info(data_root)
+    _show(found, report.info_lines(found), as_json)
+
+
+@cli.command()
+@_data_root
+@click.option("--sample", type=click.IntRange(0), required=True, metavar="I", help="Which one, from 0.")
+@click.option("--ids", "with_ids", is_flag=True, help="A line for every token: its place, its id, its text.")
+@_json
+def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None:
+    """The text of a sample, with the bounds of tokens and documents, its id, and where it came from."""
+    from tokenmill import look, report
+
+    found = look.show(data_root, sample)
+    lines = report.token_lines(found) if with_ids else report.sample_lines(found, colour=sys.stdout.isatty())
+    _show(found, lines, as_json)
+
+
+@cli.command()
+@_data_root
+@click.option("--sample", type=click.IntRange(0), metavar="I", help="A sample, from 0.")
+@click.option("--token", type=click.IntRange(0), metavar="T", help="A token of the whole stream, from 0.")
+@click.option("--sample-id", metavar="HEX", help="A sample by its id, as 16 hexadecimal digits.")
+@click.option("--source", metavar="FILE", help="A source file, as the manifest lists it; with --row.")
+@click.option("--row", type=click.IntRange(0), metavar="R", help="A row of it, from 0.")
+@_json
+def where(
+    data_root: Path,
+    *,
+    sample: int | None,
+    token: int | None,
+    sample_id: str | None,
+    source: str | None,
+    row: int | None,
+    as_json: bool,
+) -> None:
+    """Where a sample or a token comes from; or which samples hold a row of the source.
+
+    \b
+    Examples:
+      tokenmill where data/ --sample 17
+      tokenmill where data/ --source part-00003.parquet --row 12
+    """
+    from tokenmill import look, report
+
+    given = [option is not None for option in (sample, token, sample_id, source)]
+    if sum(given) != 1 or (source is None) != (row is None):
+        raise click.UsageError("give one of --sample, --token, --sample-id, or --source with --row")
+    if source is not None and row is not None:
+        samples = look.where_row(data_root, source, row)
+        _show(samples, report.samples_lines(samples), as_json)
+        return
+    if sample is not None:
+        places = [look.where_sample(data_root, sample)]
+    elif token is not None:
+        places = [look.where_token(data_root, token)]
+    else:
+        places = look.where_sample_id(data_root, str(sample_id))
+    _show(places, [line for place in places for line in report.place_lines(place)], as_json)
+
+
+@cli.command()
+@_data_root
+@_json
+def stats(data_root: Path, *, as_json: bool) -> None:
+    """Lengths of documents, frequencies of tokens, tokens per source file, samples that occur twice."""
+    from tokenmill import look, report
+    from tokenmill.progress import byte_display
+
+    with byte_display(quiet=as_json) as progress:
+        found = look.stats(data_root, show=progress)
+    _show(found, report.stats_lines(found), as_json)
+
+
+def _show(found: object, lines: Iterable[str], as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        _echo(lines)
+
+
+def _tell(quiet: bool, line: str) -> None:
+    if not quiet:
+        click.echo(line)
 
 
 @cli.command()

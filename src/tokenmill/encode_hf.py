@@ -47,3 +47,12 @@ class HFEngine:
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, control tokens shown."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text that each token adds; a token that only begins a character adds none yet."""
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        return [stream.step(self._tokenizer, token) or "" for token in ids]
+
+    def name_of(self, token: int) -> str:
+        """A token as the vocabulary writes it."""
+        return self._tokenizer.id_to_token(token) or ""

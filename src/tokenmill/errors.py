@@ -40,6 +40,12 @@ class RecipeError(TokenmillError):
     exit_code = 2
 
 
+class QueryError(TokenmillError):
+    """What was asked for is not in the data root: ask for something else."""
+
+    exit_code = 2
+
+
 class SourceError(TokenmillError):
     """The corpus cannot be read as it is: mend or exclude the file named."""
 

@@ -92,7 +92,7 @@ def _find_shards(root: Path, dtype: str | None) -> dict[int, Shard]:
                 f"{path}: expected a name like {layout.shard_name(0)}: its place in the data set cannot be told",
                 next_step="rename it, or move it away",
             )
-        header = _read_header(path)
+        header = read_header(path)
         if dtype is not None and header.dtype != dtype:
             raise DataRootError(
                 f"{path}: expected tokens of {dtype}, found {header.dtype}",
@@ -103,7 +103,7 @@ def _find_shards(root: Path, dtype: str | None) -> dict[int, Shard]:
     return shards
 
 
-def _read_header(path: Path) -> layout.NpyHeader:
+def read_header(path: Path) -> layout.NpyHeader:
     """The header of a shard; the file must be as long as it says, and written as `numpy.save` does."""
     again = "fetch or make the shard again"
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenmill.consolidate import Report
+from tokenmill.consolidation import Report
 from tokenmill.layout import SAMPLE_IDS, TOKENS
+from tokenmill.look import Info, Place, Sample, Samples, Stats, Stretch, Token
 from tokenmill.manifest import Consolidated
 from tokenmill.pipeline import Prepared, Summary
 from tokenmill.preflight import Preflight
 from tokenmill.progress import count, duration
 from tokenmill.proof import Proof
+from tokenmill.single_shard import ShardStatistics
+from tokenmill.verification import Verification
 
 
 def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -105,3 +108,180 @@ def proof_lines(proof: Proof) -> list[str]:
             "The digests above are recorded, not proven.",
         ]
     return [*lines, f"compared with {proof.against}", "\u2705 Preprocessing complete!"]
+
+
+def statistics_lines(figures: ShardStatistics) -> list[str]:
+    """What the original test-shard script prints."""
+    return [
+        "",
+        "Saved representative shard:",
+        f"   Path: {figures.path}",
+        f"   Tokens: {figures.tokens:,}",
+        f"   Size: {figures.nbytes / 1024**2:.1f} MB",
+        f"   Dtype: {figures.dtype}",
+        "",
+        "Quick Stats:",
+        f"   Vocab range: {figures.id_min} - {figures.id_max}",
+        f"   Unique tokens: {figures.unique_ids:,}",
+        f"   Mean token ID: {figures.id_mean:.1f}",
+    ]
+
+
+def verification_lines(result: Verification) -> list[str]:
+    """What was checked, every finding, and the verdict last."""
+    lines = [f"{'ok' if not check.findings else 'WRONG':<6} {check.what}" for check in result.checked]
+    for finding in result.findings:
+        lines += [
+            f"{finding.file}: {finding.position}: {finding.what}",
+            f"  expected  {finding.expected}",
+            f"  found     {finding.found}",
+        ]
+    read = f"{result.nbytes / 1e9:.3f} GB read in {result.seconds:.1f} s"
+    if result.findings:
+        return [*lines, f"\u274c {_plural(len(result.findings), 'finding')}; {read}"]
+    return [*lines, f"\u2705 {result.root} is what its manifest says; {read}"]
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def info_lines(found: Info) -> list[str]:
+    """A data root at a glance."""
+    lines = {
+        "data root": f"{found.root}: {'complete' if found.complete else 'NOT complete'}, stored as "
+        f"{' and '.join(found.stored_as) or 'nothing yet'}",
+        "tokens": f"{found.tokens:,} ({found.dtype})",
+    }
+    if found.recipe is not None and found.tokenizer is not None:
+        recipe, tokenizer = found.recipe, found.tokenizer
+        datasets = recipe.dataset if isinstance(recipe.dataset, str) else ", ".join(recipe.dataset)
+        order = (
+            f"buffer of {recipe.buffer_size:,} rows, seed {recipe.seed}" if recipe.order == "buffer" else "as stored"
+        )
+        lines |= {
+            "documents": f"{found.documents:,}",
+            "corpus": f"{datasets}: {_plural(found.files or 0, 'file')}, {(found.source_nbytes or 0) / 1e9:.3f} GB",
+            "tokenizer": f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} = {tokenizer.eos_id}",
+            "": f"tokenizer.json sha256 {tokenizer.sha256}",
+            "order": order,
+            "recipe": f"shard_size {recipe.shard_size:,}, total_tokens {recipe.total_tokens}, "
+            f"special_in_text {recipe.special_in_text}, seq_len {recipe.seq_len:,}",
+            "fingerprint": found.fingerprint or "",
+            "made with": ", ".join(f"{name} {version}" for name, version in found.software.items()),
+        }
+    shown = [f"{name:<12} {value}" for name, value in lines.items()]
+    if found.ledger:
+        shown += [
+            "",
+            f"{'rows':>12} {'documents':>12} {'null':>9} {'empty':>9} {'special':>9} {'unused':>9}  source file",
+        ]
+        shown += [
+            f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}  {e.path}"
+            for e in found.ledger
+        ]
+    if found.shards:
+        shown += ["", f"{'tokens':>15} {'documents':>12}  {'sha256':<64}  shard"]
+        shown += [f"{s.tokens:>15,} {s.documents:>12,}  {s.sha256}  {s.name}" for s in found.shards]
+    if found.consolidated is not None and found.consolidated.complete:
+        shown += ["", *file_lines(found.consolidated)]
+    return shown
+
+
+def place_lines(place: Place) -> list[str]:
+    """Tokens and the documents they come from."""
+    sample = "behind the last whole sample" if place.sample is None else f"sample {place.sample:,}"
+    known = f", id {place.sample_id}" if place.sample_id else ""
+    span = f"token {place.begin:,}" if place.end == place.begin + 1 else f"tokens {place.begin:,} to {place.end - 1:,}"
+    return [f"{sample}{known}: {span} of the stream", *(f"  {_origin(part)}" for part in place.documents)]
+
+
+def _origin(part: Stretch) -> str:
+    whole = f"of {part.document_tokens:,}"
+    if part.end == part.begin + 1:
+        return f"{part.source} row {part.row:,}, token {part.document_begin:,} {whole}"
+    return f"{part.source} row {part.row:,}, tokens {part.document_begin:,} to {part.document_end - 1:,} {whole}"
+
+
+def samples_lines(found: Samples) -> list[str]:
+    """The samples of a source row."""
+    numbers = ", ".join(f"{sample:,}" for sample in found.samples) or "none: behind the last whole sample"
+    return [
+        f"{found.source} row {found.row:,}: tokens {found.begin:,} to {found.end - 1:,} of the stream",
+        f"  samples {numbers}",
+    ]
+
+
+_COLOURS = ("\x1b[48;5;236m", "\x1b[48;5;240m")
+_PLAIN = "\x1b[0m"
+
+
+def sample_lines(found: Sample, *, colour: bool) -> list[str]:
+    """The text with the bounds of its tokens: shades on a terminal, bars elsewhere."""
+    lines = place_lines(found.place)[:1]
+    for part in found.place.documents:
+        tokens = found.tokens[part.begin - found.place.begin : part.end - found.place.begin]
+        lines += ["", f"\u2500\u2500 {_origin(part)} \u2500\u2500", *_bounded(tokens, colour).split("\n")]
+    return lines
+
+
+def _bounded(tokens: list[Token], colour: bool) -> str:
+    texts = [_printable(token.text) for token in tokens if token.text]
+    if not colour:
+        return "\u2502".join(texts).replace("\n", "\u21b5\n").replace("\n\u2502", "\n")
+    shades = [_COLOURS[number % 2] for number in range(len(texts))]
+    # A shade must not run to the end of a line.
+    return "".join(
+        shade + text.replace("\n", f"\u21b5{_PLAIN}\n{shade}") + _PLAIN
+        for shade, text in zip(shades, texts, strict=True)
+    )
+
+
+def _printable(text: str) -> str:
+    """Without what would move a terminal's cursor or change its state."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def token_lines(found: Sample) -> list[str]:
+    """A line for every token."""
+    lines = place_lines(found.place)[:1]
+    for part in found.place.documents:
+        lines += ["", _origin(part), f"{'token':>15} {'id':>8}  text"]
+        for at in range(part.begin, part.end):
+            token = found.tokens[at - found.place.begin]
+            lines.append(f"{at:>15,} {token.id:>8}  {token.text!r}")
+    return lines
+
+
+def stats_lines(found: Stats) -> list[str]:
+    """Figures at a glance."""
+    vocabulary = f" of {found.vocab_size:,}" if found.vocab_size else ""
+    lines = [
+        f"tokens        {found.tokens:,}",
+        f"ids           {found.distinct_ids:,} different{vocabulary}, {found.id_min} to {found.id_max}, "
+        f"mean {found.id_mean:.1f}",
+        "most frequent "
+        + ", ".join(
+            f"{token.name!r} {token.count / found.tokens:.2%}"
+            if token.name is not None
+            else f"{token.id} {token.count / found.tokens:.2%}"
+            for token in found.top[:10]
+        ),
+    ]
+    if found.document_tokens is not None:
+        figures = "  ".join(
+            f"{name if name == 'mean' else name + '%'} {value:,.0f}" for name, value in found.document_tokens.items()
+        )
+        lines += [f"documents     {found.documents:,}", f"their tokens  {figures}"]
+    if found.duplicates is None:
+        lines.append("duplicates    not known: the data root has no sample ids (tokenmill consolidate makes them)")
+    else:
+        same = found.duplicates
+        lines.append(f"duplicates    {same.ids:,} sample ids occur more than once, {same.samples:,} samples too many")
+        lines += [f"              samples {', '.join(map(str, samples[:10]))}" for samples in same.first]
+        if same.without_tokens:
+            lines.append(f"              {same.without_tokens:,} ids cover no tokens (templar-v1)")
+    if found.tokens_by_source is not None:
+        lines += ["", f"{'tokens':>15}  source file"]
+        lines += [f"{tokens:>15,}  {source}" for source, tokens in found.tokens_by_source.items()]
+    return lines

@@ -1,0 +1,83 @@
+"""Verify, stage 7: a data root against its own records. Reads only; shares no code with what wrote the bytes.
+
+What the records mean is specified in `docs/format.md`; everything is computed again from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from tokenmill import layout
+from tokenmill.engine import available_cores
+from tokenmill.errors import DataRootError
+from tokenmill.findings import Checked, Finding, Inquiry, Show
+from tokenmill.verify_deep import verify_deep
+from tokenmill.verify_documents import DocumentChecks
+from tokenmill.verify_records import RecordChecks
+from tokenmill.verify_tokens import TokenChecks
+
+
+class Verification(msgspec.Struct, kw_only=True):
+    """What a verification found."""
+
+    root: str
+    checked: list[Checked]
+    findings: list[Finding]
+    nbytes: int
+    """Read."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+
+def verify(
+    root: Path | str,
+    *,
+    quick: bool = False,
+    deep: int | None = None,
+    dataset: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    workers: int | None = None,
+    show: Show = lambda done, total: None,
+) -> Verification:
+    """Compare every byte of a finished data root with what its records say.
+
+    Args:
+        root: the data root.
+        quick: only sizes, headers, and whether the records agree with themselves.
+        deep: also encode so many documents of the source again, and rebuild one shard from it.
+        dataset: where the corpus is now, for `deep`; None: where the recipe says.
+        tokenizer: where the tokenizer is now, likewise.
+        workers: threads; None takes every core.
+        show: called with bytes read and bytes to read.
+
+    Raises:
+        DataRootError: nothing is recorded of the data root, or a record cannot be read.
+        SourceError, TokenizerError: `deep` needs the corpus or the tokenizer, and cannot have it.
+    """
+    started = time.monotonic()
+    job = Inquiry(Path(root), workers=workers or available_cores(), show=show)
+    RecordChecks(job).check()
+    if not quick:
+        TokenChecks(job).check()
+        DocumentChecks(job).check()
+    if deep and job.manifest is not None:
+        verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer)
+    elif deep:
+        raise DataRootError(
+            f"{root}: expected {layout.MANIFEST}, found none: its source is not known",
+            next_step="verify it without --deep",
+        )
+    return Verification(
+        root=str(root),
+        checked=job.checked,
+        findings=job.findings,
+        nbytes=job.done_nbytes,
+        seconds=round(time.monotonic() - started, 3),
+    )

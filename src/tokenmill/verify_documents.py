@@ -1,0 +1,159 @@
+"""Verify documents: the sidecars against the tokens and the ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokenmill import layout
+from tokenmill.findings import Inquiry
+from tokenmill.manifest import Manifest, ShardRecord
+
+
+class DocumentChecks:
+    """Where documents begin and end, and what they come from."""
+
+    def __init__(self, job: Inquiry) -> None:
+        self.job = job
+        self.root = job.root
+
+    def check(self) -> None:
+        """Every sidecar."""
+        if self.job.manifest is not None:
+            manifest = self.job.manifest
+            self.job.group(
+                "documents: sha256, without gaps, EOS at every end, the ledger's counts",
+                lambda: self._check_documents(manifest),
+            )
+
+    def _check_documents(self, manifest: Manifest) -> None:
+        paths = {file.path: index for index, file in enumerate(manifest.files)}
+        counted = np.zeros(len(manifest.files), np.int64)
+        expected_start = 0
+        for shard in manifest.shards:
+            name = f"documents_{shard.index:06d}.parquet"
+            path = self.root / name
+            if not path.is_file():
+                return  # told by the check of files; what follows could not be placed
+            self.job.check_digest(path, shard.documents_sha256)
+            try:
+                table = pq.read_table(path)
+                start, tokens, row = (table[column].to_numpy() for column in ("start", "tokens", "row"))
+                source = table["source"].combine_chunks()
+            except (pa.ArrowException, KeyError, OSError) as error:
+                self.job.require(
+                    False, name, "the file", "is a sidecar", expected="parquet", found=str(error).split("\n")[0]
+                )
+                return
+            self.job.same(name, "the file", "documents", expected=shard.documents, found=len(start))
+            if len(start):
+                expected_start = self._check_rows(shard, name, start, tokens, expected_start)
+                self._check_ends(name, start + tokens - 1)
+                files = self._files_of(name, source, paths)
+                self._check_source_rows(name, files, row)
+                counted += np.bincount(files[files >= 0], minlength=len(counted))
+        self.job.require(
+            expected_start >= manifest.tokens,
+            layout.MANIFEST,
+            "tokens",
+            "documents reach the end of the stream",
+            expected=f"{manifest.tokens} or more",
+            found=expected_start,
+        )
+        for entry, found in zip(manifest.ledger, counted.tolist(), strict=False):
+            what = "documents in the sidecars"
+            self.job.same(layout.MANIFEST, f"ledger[{entry.path}]", what, expected=entry.documents, found=found)
+
+    def _check_rows(
+        self, shard: ShardRecord, name: str, start: NDArray[np.int64], tokens: NDArray[np.int64], expected_start: int
+    ) -> int:
+        """Documents lie one behind the other, and start in their shard; where the next one must start."""
+        assert self.job.manifest is not None
+        ends = start + tokens
+        wanted = np.concatenate([[expected_start], ends[:-1]])
+        wrong = np.flatnonzero((start != wanted) | (tokens < 1))
+        if len(wrong):
+            at = int(wrong[0])
+            found = f"{start[at]}, {tokens[at]} tokens"
+            self.job.require(False, name, f"row {at}", "start of a document", expected=int(wanted[at]), found=found)
+        first = shard.index * self.job.manifest.recipe.shard_size
+        outside = np.flatnonzero((start < first) | (start >= first + shard.tokens))
+        if len(outside):
+            at = int(outside[0])
+            expected = f"from {first} to {first + shard.tokens - 1}"
+            self.job.require(False, name, f"row {at}", "starts in its shard", expected=expected, found=int(start[at]))
+        return int(ends[-1])
+
+    def _check_ends(self, name: str, ends: NDArray[np.int64]) -> None:
+        """Every document ends in EOS, where its end is in the stream."""
+        assert self.job.manifest is not None
+        eos = self.job.manifest.tokenizer.eos_id
+        inside = np.flatnonzero((ends >= 0) & (ends < self.job.manifest.tokens))
+        found = self._tokens_at(ends[inside])
+        wrong = np.flatnonzero(found != eos)
+        if len(wrong):
+            at = int(inside[wrong[0]])
+            self.job.require(
+                False,
+                name,
+                f"row {at}",
+                f"EOS at token {ends[at]} of the stream",
+                expected=eos,
+                found=int(found[wrong[0]]) if found[wrong[0]] >= 0 else "no such token",
+            )
+
+    def _tokens_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of the stream at ascending positions; -1 where a file does not have them."""
+        assert self.job.manifest is not None
+        found = np.full(len(positions), -1, np.int64)
+        if self.job.has_tokens_file and (self.root / layout.TOKENS).is_file():
+            stored = np.memmap(self.root / layout.TOKENS, np.uint8, "r")
+            self._pick(
+                stored[: len(stored) // self.job.dtype.itemsize * self.job.dtype.itemsize].view(self.job.dtype),
+                positions,
+                found,
+            )
+            return found
+        size = self.job.manifest.recipe.shard_size
+        for index in np.unique(positions // size).tolist():
+            path = self.root / f"train_{index:06d}.npy"
+            if path.is_file() and path.stat().st_size > layout.NPY_HEADER_NBYTES:
+                bytes_ = np.memmap(path, np.uint8, "r", layout.NPY_HEADER_NBYTES)
+                here = positions // size == index
+                picked = np.full(int(here.sum()), -1, np.int64)
+                whole = bytes_[: len(bytes_) // self.job.dtype.itemsize * self.job.dtype.itemsize].view(self.job.dtype)
+                self._pick(whole, positions[here] - index * size, picked)
+                found[here] = picked
+        return found
+
+    @staticmethod
+    def _pick(tokens: NDArray[Any], positions: NDArray[np.int64], found: NDArray[np.int64]) -> None:
+        inside = positions < len(tokens)
+        found[inside] = tokens[positions[inside]]
+
+    def _files_of(self, name: str, source: pa.DictionaryArray, paths: dict[str, int]) -> NDArray[np.int64]:
+        """Index of every document's source file; -1 if the manifest does not list it."""
+        names = source.dictionary.to_pylist()
+        known = np.array([paths.get(path, -1) for path in names], np.int64)
+        files: NDArray[np.int64] = known[source.indices.to_numpy()]
+        unknown = np.flatnonzero(files < 0)
+        if len(unknown):
+            at = int(unknown[0])
+            self.job.require(
+                False, name, f"row {at}", "source file", expected="one of manifest.json", found=source[at].as_py()
+            )
+        return files
+
+    def _check_source_rows(self, name: str, files: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+        """Rows lie inside their source files."""
+        assert self.job.manifest is not None
+        rows = np.array([file.rows or 0 for file in self.job.manifest.files], np.int64)
+        outside = np.flatnonzero((files >= 0) & ((row < 0) | (row >= rows[files])))
+        if len(outside):
+            at = int(outside[0])
+            expected = f"below {rows[files[at]]}"
+            self.job.require(False, name, f"row {at}", "row of the source file", expected=expected, found=int(row[at]))
