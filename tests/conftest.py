@@ -100,3 +100,13 @@ def run_cli(*arguments: object, script: Path | None = None, **options: object) -
         check=False,
         **options,
     )
+
+
+PRINT_PEAK = """
+import re, resource, sys
+if sys.platform == "linux":  # ru_maxrss starts at what the process that started this one had
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+"""Program text: prints the peak memory of its process so far, in KiB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def documents(
     for name, row, text in rows_in_order(corpus, **order):
         if text:
             yield name, row, [*tokenizer.encode(text, add_special_tokens=False).ids, eos_id]
+
+
+def sample_ids(tokens: np.ndarray, seq_len: int, scheme: str) -> bytes:
+    """Sample ids as the formats page tells them; `templar-v1` as the original script made them."""
+    count = len(tokens) // seq_len
+    seen = tokens.view(np.uint32) if scheme == "templar-v1" else tokens
+    windows = (seen[i * seq_len : (i + 1) * seq_len].tobytes() for i in range(count))
+    return b"".join(hashlib.blake2b(window, digest_size=8).digest() for window in windows)

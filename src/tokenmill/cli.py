@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a check mark must not fail a run on an ASCII terminal
     try:
-        cli.main(arguments, standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        exit_code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-    sys.exit(0)
+    sys.exit(exit_code)
 
 
 @click.group(context_settings=_CONTEXT)
