@@ -139,7 +139,7 @@ def verification_lines(result: Verification) -> list[str]:
     read = f"{result.nbytes / 1e9:.3f} GB read in {result.seconds:.1f} s"
     if result.findings:
         return [*lines, f"\u274c {_plural(len(result.findings), 'finding')}; {read}"]
-    return [*lines, f"\u2705 {result.root} is what its manifest says; {read}"]
+    return [*lines, f"\u2705 {result.root} is what its records say; {read}"]
 
 
 def _plural(number: int, what: str) -> str:
