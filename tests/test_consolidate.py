@@ -102,6 +102,7 @@ def test_any_shards_equal_the_slow_way(
 ) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_file, "CHUNK_NBYTES", chunk)
+        patch.setattr(tokens_file, "_IDS_NBYTES", chunk)
         patch.setattr(consolidation, "CHUNK_NBYTES", chunk)
         root = Path(folder) / "root"
         tokens = some_tokens(count, dtype)

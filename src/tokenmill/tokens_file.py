@@ -26,8 +26,10 @@ from tokenmill.errors import RecipeError, StorageError
 from tokenmill.manifest import Consolidated
 from tokenmill.storage import reported
 
-CHUNK_NBYTES = 8 << 20
-"""Read, hashed and written at once."""
+CHUNK_NBYTES = 2 << 20
+"""Read, hashed and written at once: a few of them should stay in the processor's cache."""
+_IDS_NBYTES = 8 << 20
+"""Of tokens whose ids are asked for at once."""
 _WAITING = 6
 """Chunks that wait for the SHA-256 lane."""
 _MAX_WORKERS = 4
@@ -131,9 +133,9 @@ class TokensFile:
         return future
 
     def _advance(self, nbytes: int) -> None:
-        """Ask for the ids of the windows that have become whole, a chunk's worth at a time."""
+        """Ask for the ids of the windows that have become whole, many at a time."""
         self.nbytes += nbytes
-        batch = max(1, CHUNK_NBYTES // self._window)
+        batch = max(1, _IDS_NBYTES // self._window)
         while self._windows_asked + batch <= self.nbytes // self._window:
             self._ask(batch * self._window)
 
