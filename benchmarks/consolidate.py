@@ -93,7 +93,7 @@ def original(root: Path, out: Path) -> None:
 
 
 class Peak:
-    """Most memory that a process and its children had at once, looked at 20 times a second."""
+    """Most memory that a process and its children had at once, looked at rarely: looking costs a core's time."""
 
     def __init__(self, pid: int) -> None:
         self.nbytes = 0
@@ -103,7 +103,7 @@ class Peak:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.05):
+        while not self._done.wait(0.3):
             try:
                 family = [self._process, *self._process.children(recursive=True)]
                 # Mapped files are not the process's own memory.

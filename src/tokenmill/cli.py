@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -357,7 +358,8 @@ def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None
     from tokenmill import look, report
 
     found = look.show(data_root, sample)
-    lines = report.token_lines(found) if with_ids else report.sample_lines(found, colour=sys.stdout.isatty())
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    lines = report.token_lines(found) if with_ids else report.sample_lines(found, colour=colour)
     _show(found, lines, as_json)
 
 

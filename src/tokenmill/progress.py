@@ -7,13 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tokenmill.pipeline import Progress, Show
+if TYPE_CHECKING:
+    from tokenmill.pipeline import Progress, Show
 
 _PLAIN_SECONDS = 10.0
 """Between lines when nobody watches a terminal."""

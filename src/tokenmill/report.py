@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenmill.consolidation import Report
 from tokenmill.layout import SAMPLE_IDS, TOKENS
-from tokenmill.look import Info, Place, Sample, Samples, Stats, Stretch, Token
-from tokenmill.manifest import Consolidated
-from tokenmill.pipeline import Prepared, Summary
-from tokenmill.preflight import Preflight
 from tokenmill.progress import count, duration
-from tokenmill.proof import Proof
-from tokenmill.single_shard import ShardStatistics
-from tokenmill.verification import Verification
+
+if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
+    from pathlib import Path
+
+    from tokenmill.consolidation import Report
+    from tokenmill.look import Info, Place, Sample, Samples, Stats, Stretch, Token
+    from tokenmill.manifest import Consolidated
+    from tokenmill.pipeline import Prepared, Summary
+    from tokenmill.preflight import Preflight
+    from tokenmill.proof import Proof
+    from tokenmill.single_shard import ShardStatistics
+    from tokenmill.verification import Verification
 
 
 def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -212,7 +216,7 @@ def samples_lines(found: Samples) -> list[str]:
     ]
 
 
-_COLOURS = ("\x1b[48;5;236m", "\x1b[48;5;240m")
+_COLOURS = ("\x1b[97;48;5;236m", "\x1b[97;48;5;24m")
 _PLAIN = "\x1b[0m"
 
 
