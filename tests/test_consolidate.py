@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import reference
 from conftest import PRINT_PEAK, REPOSITORY, command, golden, run_cli, shared, write_parquet
-from tokenmill import consolidation, errors, layout, manifest, pipeline, proof, tokens_file
+from tokenmill import consolidation, errors, inventory, layout, manifest, pipeline, proof, tokens_file
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
 from tokenmill.pipeline import pretokenize
@@ -332,6 +332,57 @@ def test_consume_keeps_what_is_wrong_and_what_follows(tmp_path: Path, recipe: Re
     assert report.adopted_nbytes == 2 * 2 * recipe.shard_size
     pretokenize(recipe, tmp_path / "whole", consolidated=True)
     assert stored_files(root) == stored_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("same_time", [False, True])
+def test_a_repaired_shard_is_copied_again_before_it_is_consumed(
+    tmp_path: Path, recipe: Recipe, same_time: bool
+) -> None:
+    """What was consolidated unchecked must not outlive the good shard."""
+    root = tmp_path / "out"
+    pretokenize(recipe, root)
+    path = root / "train_000001.npy"
+    good, times = path.read_bytes(), path.stat()
+    flip(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    consolidate(root, validate=False)
+    path.write_bytes(good)
+    if same_time:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    report = consolidate(root, consume=True)
+    assert report.proof.passed
+    pretokenize(recipe, tmp_path / "whole", consolidated=True)
+    assert stored_files(root) == stored_files(tmp_path / "whole")
+
+
+def test_a_wrong_copy_is_not_a_reason_to_delete(tmp_path: Path, recipe: Recipe) -> None:
+    root = tmp_path / "out"
+    pretokenize(recipe, root)
+    flip(root / "train_000001.npy")
+    consolidate(root, validate=False)
+    report = consolidate(root, consume=True)
+    assert (report.status, report.consumed) == ("failed", 1)
+    assert (root / "train_000001.npy").exists()
+
+
+def test_a_bare_shard_that_changed_is_copied_again(root: Path) -> None:
+    consolidate(root, seq_len=100)
+    np.save(root / "train_000002.npy", np.zeros(1_000, np.uint16))
+    report = consolidate(root, seq_len=100, consume=True)
+    assert report.adopted_nbytes == 4_000
+    assert (root / "tokens.bin").read_bytes()[4_000:6_000] == bytes(2_000)
+
+
+def test_every_bit_of_a_header(root: Path) -> None:
+    """Refused or, where it is of no meaning to NumPy either, never a crash."""
+    path = root / "train_000001.npy"
+    whole = path.read_bytes()
+    for at in range(8 * layout.NPY_HEADER_NBYTES):
+        data = bytearray(whole)
+        data[at // 8] ^= 1 << at % 8
+        path.write_bytes(data)
+        with pytest.raises(errors.DataRootError):
+            inventory.read_header(path)
 
 
 def test_skipping_validation_says_that_nothing_was_proven(tmp_path: Path, recipe: Recipe) -> None:

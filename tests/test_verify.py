@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import golden, run_cli, shared, text, write_parquet
-from tokenmill import errors, manifest
+from conftest import command, golden, run_cli, shared, text, write_parquet
+from tokenmill import errors, look, manifest
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
 from tokenmill.pipeline import pretokenize
@@ -376,6 +380,80 @@ def test_unreadable_records_are_told(roots: dict[str, Path], tmp_path: Path, wha
     (root / "manifest.json").unlink()
     (root / "consolidated.json").unlink()
     assert "found neither" in run_cli("verify", root).stderr
+
+
+ABSURD: dict[str, Callable[[Path], None]] = {
+    "no samples' length": edit_record(lambda r: r.update(seq_len=0)),
+    "negative samples": edit_record(lambda r: r.update(samples=-1)),
+    "negative tokens": edit(lambda m: m["shards"][0].update(tokens=-5)),
+    "a negative file": edit(lambda m: m["shards"][0]["ledger"][0].__setitem__(0, -3)),
+    "a file too far": edit(lambda m: m["shards"][0]["ledger"][0].__setitem__(0, 99)),
+    "no shards": edit(lambda m: m.update(shards=[])),
+    "no files": edit(lambda m: m.update(files=[], ledger=[])),
+    "no ledger": edit(lambda m: m.update(ledger=[])),
+    "a huge shard": edit(lambda m: m["shards"][-1].update(tokens=1 << 60)),
+    "a huge sample": edit_record(lambda r: r.update(seq_len=1 << 60)),
+    "an open dtype": edit(lambda m: m["recipe"].update(dtype="auto")),
+    "no vocabulary": edit(lambda m: m["tokenizer"].update(vocab_size=0)),
+    "no column": lambda root: pq.write_table(pa.table({"start": [0]}), root / "documents_000001.parquet"),
+    "no numbers": lambda root: pq.write_table(
+        pa.table({"start": ["x"], "tokens": ["y"], "source": ["a.parquet"], "row": ["z"]}),
+        root / "documents_000001.parquet",
+    ),
+    "no values": lambda root: pq.write_table(
+        pa.table({"start": [None], "tokens": [None], "source": [None], "row": [None]}),
+        root / "documents_000001.parquet",
+    ),
+    "an empty sidecar": lambda root: (root / "documents_000001.parquet").write_bytes(b""),
+    "an empty manifest": lambda root: (root / "manifest.json").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+def test_absurd_records_are_findings_or_errors(roots: dict[str, Path], tmp_path: Path, what: str) -> None:
+    """Never a pass, never a traceback: neither in verify nor where a person looks."""
+    root = tmp_path / "root"
+    shutil.copytree(roots["both"], root)
+    ABSURD[what](root)
+    with contextlib.suppress(errors.DataRootError):
+        assert not verify(root).passed
+    for line in (["info"], ["stats"], ["where", "--sample", 20], ["show", "--sample", 20]):
+        result = run_cli(line[0], root, *line[1:])
+        assert "Traceback" not in result.stderr, result.stderr
+
+
+def test_sidecars_of_many_row_groups(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.shard._DOCUMENTS_ROW_GROUP", 5)
+    make(tmp_path / "root", corpus, consolidated=True)
+    assert verify(tmp_path / "root", deep=20).passed
+    assert look.stats(tmp_path / "root").tokens_by_source.keys() == {"a.parquet", "b/c.parquet"}
+
+
+def test_every_bit_of_a_header_is_found(roots: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(roots["shards"], root)
+    path = root / "train_000001.npy"
+    whole = path.read_bytes()
+    for at in range(0, 8 * 128, 3):
+        data = bytearray(whole)
+        data[at // 8] ^= 1 << at % 8
+        path.write_bytes(data)
+        assert "train_000001.npy" in {finding.file for finding in verify(root).findings}
+
+
+def test_interrupt_ends_at_once(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    np.save(root / "train_000000.npy", np.zeros(200_000_000, np.uint16))
+    consolidate(root)
+    run = subprocess.Popen(command("verify", root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, stderr = run.communicate(timeout=30)
+    assert (run.returncode, "Traceback" in stderr) == (130, False)
+    assert time.monotonic() - begin < 10  # not the minutes that a large data set would still take
 
 
 # Deep

@@ -291,7 +291,7 @@ def test_shard(
             _tell(quiet, f"that is at least 90% of the wanted {wanted.shard_size:,}: it is kept, nothing to do")
             return
         _tell(quiet, f"that is less than 90% of the wanted {wanted.shard_size:,}: it is made again")
-        single_shard.make_way(output, wanted)
+    single_shard.make_way(output, wanted)
     run(wanted, output, workers=_cores(workers), span_rows=span_rows, engine_tokenizer=engine_tokenizer, quiet=quiet)
     if not quiet:
         _echo(report.statistics_lines(single_shard.shard_statistics(path)))

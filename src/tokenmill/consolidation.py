@@ -176,14 +176,13 @@ class _Job:
 
     def _adopt(self, file: TokensFile, show: Show) -> None:
         """Take over the shards an earlier run stored, as far as they are what they must be."""
-        copied = self._record.shards
-        self._record.shards = []
+        copied, self._record.shards = self._record.shards, []
         for index, shard in enumerate(self._shards):
-            known = copied[index].sha256 if index < len(copied) else None if shard.present else shard.sha256
+            known = self._stored_digest(shard, copied[index] if index < len(copied) else None)
             nbytes = shard.tokens * self._record.itemsize
             stored = known is not None and file.stored_nbytes >= file.nbytes + nbytes
             found = file.digest(shard.header, nbytes) if stored else None
-            if known is None or found != known:
+            if found is None or found != known:
                 if not shard.present:
                     raise DataRootError(
                         f"{shard.path.name} was consumed, but {file.partial} does not hold it at byte {file.nbytes}: "
@@ -193,12 +192,22 @@ class _Job:
                 break
             file.adopt(nbytes)
             self._compare(shard, found)
-            self._record.shards.append(CopiedShard(shard.tokens, known))
+            self._record.shards.append(CopiedShard(shard.tokens, found, shard.mtime_ns or 0))
             show(file.nbytes, self._record.tokens_nbytes)
         self._adopted_nbytes = file.nbytes
         lost = next((shard for shard in self._shards[len(self._record.shards) :] if not shard.present), None)
         if lost is not None:
             raise gap(self._root, self._shards.index(lost), {})
+
+    def _stored_digest(self, shard: Shard, copied: CopiedShard | None) -> str | None:
+        """What `tokens.bin` should hold of a shard; None if it must be copied (again)."""
+        if not shard.present:
+            return copied.sha256 if copied else shard.sha256
+        if copied is None or copied.mtime_ns != shard.mtime_ns:
+            return None
+        if self._validate and shard.sha256 not in (None, copied.sha256):
+            return None
+        return copied.sha256
 
     def _compare(self, shard: Shard, found: str) -> bool:
         """Note the check of a shard against the manifest; whether it may be relied upon."""
@@ -224,7 +233,7 @@ class _Job:
         reliable = all(check.passed for check in self._checks)
         journaled = file.nbytes
         waiting = list(self._record.shards)
-        if consume:
+        if consume and reliable:
             self._retire(self._shards[: len(waiting)])
         with ThreadPoolExecutor(1, thread_name_prefix="shard-sha256") as hashing:
             copier = _Copier(file, self._record.itemsize, hashing)
@@ -232,7 +241,7 @@ class _Job:
                 shard = self._shards[index]
                 found = copier.copy(shard, lambda: show(file.nbytes, self._record.tokens_nbytes))
                 reliable = self._compare(shard, found) and reliable
-                waiting.append(CopiedShard(shard.tokens, found))
+                waiting.append(CopiedShard(shard.tokens, found, shard.mtime_ns or 0))
                 if reliable and (consume or file.nbytes - journaled >= _JOURNAL_NBYTES):
                     file.sync()
                     self._record.shards = list(waiting)
@@ -289,7 +298,7 @@ class _Copier:
         sha256 = hashlib.sha256(shard.header)
         left = shard.tokens * self._itemsize
         last: Future[None] | None = None
-        with shard.path.open("rb", buffering=0) as source:
+        with storage.readable(shard.path), shard.path.open("rb", buffering=0) as source:
             source.seek(len(shard.header))
             while left:
                 buffer, in_use = self._buffers[self._turn], self._in_use[self._turn]

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tokenmill import layout
+from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError
 from tokenmill.manifest import Consolidated, Manifest
@@ -63,6 +63,8 @@ class Inquiry:
         self.to_read_nbytes = 0
         self._show = show
         self._lock = threading.Lock()
+        self._stopped = False
+        """After Ctrl-C: threads stop reading."""
 
     @property
     def has_tokens_file(self) -> bool:
@@ -89,9 +91,15 @@ class Inquiry:
     def group(self, what: str, *steps: Callable[[], None]) -> None:
         """Make checks, side by side, and note that they were made."""
         before = len(self.findings)
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             for future in [pool.submit(step) for step in steps]:
                 future.result()
+        except BaseException:
+            self._stopped = True
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.findings[before:] = sorted(self.findings[before:], key=lambda f: (f.file, f.what))
         self.checked.append(Checked(what, len(self.findings) - before))
 
@@ -110,9 +118,9 @@ class Inquiry:
     def chunks(self, path: Path, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes of a file; each chunk is overwritten by the next. A short file ends early."""
         buffer = memoryview(bytearray(_CHUNK_NBYTES))
-        with path.open("rb", buffering=0) as file:
+        with storage.readable(path), path.open("rb", buffering=0) as file:
             file.seek(begin)
-            while begin < end:
+            while begin < end and not self._stopped:
                 count = file.readinto(buffer[: min(len(buffer), end - begin)])
                 if not count:
                     return

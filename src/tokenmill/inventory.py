@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenmill import layout
+from tokenmill import layout, storage
 from tokenmill.errors import DataRootError
 from tokenmill.manifest import Consolidated, CopiedShard, Manifest
 
@@ -22,9 +22,15 @@ class Shard(NamedTuple):
     header: bytes
     dtype: layout.DTypeName
     tokens: int
-    present: bool
+    mtime_ns: int | None
+    """Of its file; None where only `tokens.bin` has it."""
     sha256: str | None
     """What the whole file must be, if anything says so."""
+
+    @property
+    def present(self) -> bool:
+        """Whether it has a file."""
+        return self.mtime_ns is not None
 
 
 def refuse_foreign_tokens(root: Path) -> None:
@@ -45,7 +51,7 @@ def find_shards_of(
     present = _find_shards(root, dtype)
     copied = record.shards if record else []
     if manifest is not None:
-        known = [CopiedShard(shard.tokens, shard.sha256) for shard in manifest.shards]
+        known = [CopiedShard(shard.tokens, shard.sha256, shard.mtime_ns) for shard in manifest.shards]
         extra = next((index for index in sorted(present) if index >= len(known)), None)
         if extra is not None:
             raise DataRootError(
@@ -67,7 +73,7 @@ def find_shards_of(
             if record is None or expected is None or kind is None:
                 raise gap(root, index, present)
             header = layout.npy_header(np.dtype(kind), expected.tokens)
-            shards.append(Shard(root / layout.shard_name(index), header, kind, expected.tokens, False, expected.sha256))
+            shards.append(Shard(root / layout.shard_name(index), header, kind, expected.tokens, None, expected.sha256))
             continue
         if expected is not None and shard.tokens != expected.tokens:
             raise DataRootError(
@@ -99,19 +105,17 @@ def _find_shards(root: Path, dtype: str | None) -> dict[int, Shard]:
                 next_step=f"give --token-dtype {header.dtype}",
             )
         data = layout.npy_header(np.dtype(header.dtype), header.tokens)
-        shards[index] = Shard(path, data, header.dtype, header.tokens, True, None)
+        shards[index] = Shard(path, data, header.dtype, header.tokens, path.stat().st_mtime_ns, None)
     return shards
 
 
 def read_header(path: Path) -> layout.NpyHeader:
     """The header of a shard; the file must be as long as it says, and written as `numpy.save` does."""
     again = "fetch or make the shard again"
-    try:
+    with storage.readable(path):
         with path.open("rb") as file:
             data = file.read(layout.NPY_HEADER_NBYTES)
         nbytes = path.stat().st_size
-    except OSError as error:
-        raise DataRootError(f"{path}: cannot be read: {error.strerror}", next_step="check the permissions") from None
     try:
         header = layout.parse_npy_header(data)
     except ValueError as error:

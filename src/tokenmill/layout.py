@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import tokenize
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,7 +88,10 @@ def parse_npy_header(data: bytes) -> NpyHeader:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"expected NPY version 1.0 or 2.0, found {version[0]}.{version[1]}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(buffer)
+    try:
+        shape, _, dtype = read(buffer)
+    except (SyntaxError, tokenize.TokenError) as error:  # NumPy lets some of the parser's errors through
+        raise ValueError(f"the header cannot be parsed: {error}") from None
     if len(shape) != 1:
         raise ValueError(f"expected a 1-D array, found shape {shape}")
     if dtype.hasobject:

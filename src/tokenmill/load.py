@@ -11,10 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tokenmill import layout
+from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, QueryError
 from tokenmill.manifest import Consolidated, Manifest
+
+_VERIFY = "run tokenmill verify on the data root"
+_DOCUMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
 
 
 class TokenStream:
@@ -75,15 +85,13 @@ class TokenStream:
 
 def _map(path: Path, dtype: np.dtype[Any], tokens: int, offset: int) -> NDArray[Any]:
     expected = offset + tokens * dtype.itemsize
-    try:
+    if not path.exists():
+        raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
+    with storage.readable(path):
         found = path.stat().st_size
-    except FileNotFoundError:
-        raise DataRootError(f"{path}: is missing", next_step="run tokenmill verify on the data root") from None
-    if found != expected:
-        raise DataRootError(
-            f"{path}: expected {expected} bytes, found {found}", next_step="run tokenmill verify on the data root"
-        )
-    return np.memmap(path, dtype, "r", offset, (tokens,)) if tokens else np.empty(0, dtype)
+        if found != expected:
+            raise DataRootError(f"{path}: expected {expected} bytes, found {found}", next_step=_VERIFY)
+        return np.memmap(path, dtype, "r", offset, (tokens,)) if tokens else np.empty(0, dtype)
 
 
 class Document(NamedTuple):
@@ -100,6 +108,8 @@ class DocumentIndex:
     """Finds documents by the tokens they hold, from the sidecars; one sidecar is in memory at a time."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
+        if not manifest.shards:
+            raise DataRootError(f"{root}: {layout.MANIFEST} lists no shards", next_step=_VERIFY)
         self._root = root
         self._shards = manifest.shards
         self._shard_size = manifest.recipe.shard_size
@@ -129,7 +139,7 @@ class DocumentIndex:
     def of_row(self, source: str, row: int) -> Document | None:
         """The document that a source row became; None if it became none."""
         for shard in range(len(self._shards)):
-            table = pq.read_table(self._path(shard), filters=[("source", "=", source), ("row", "=", row)])
+            table = self._table(shard, filters=[("source", "=", source), ("row", "=", row)])
             if len(table):
                 return Document(**table.to_pylist()[0])
         return None
@@ -137,14 +147,18 @@ class DocumentIndex:
     def sidecar(self, shard: int) -> pa.Table:
         """The documents that start in a shard: `start`, `tokens`, `source`, `row`."""
         if self._read is None or self._read[0] != shard:
-            self._read = shard, pq.read_table(self._path(shard))
+            self._read = shard, self._table(shard)
         return self._read[1]
 
-    def _path(self, shard: int) -> Path:
+    def _table(self, shard: int, **filters: Any) -> pa.Table:
         path = self._root / layout.documents_name(shard)
         if not path.is_file():
-            raise DataRootError(f"{path}: is missing", next_step="run tokenmill verify on the data root")
-        return path
+            raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
+        try:
+            return pq.read_table(path, **filters).cast(_DOCUMENTS_SCHEMA).unify_dictionaries()
+        except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
+            what = str(error).splitlines()[0]
+            raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None
 
 
 class DataRoot(NamedTuple):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import bisect
 import itertools
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from tokenmill import layout, storage
 from tokenmill.errors import DataRootError, LedgerError, SourceError
-from tokenmill.recipe import Recipe
+from tokenmill.recipe import Positive, Recipe
 
 VERSION = 1
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 _ITEMSIZES: dict[layout.DTypeName, int] = {"uint8": 1, "uint16": 2, "uint32": 4}
 
@@ -25,9 +27,9 @@ _ITEMSIZES: dict[layout.DTypeName, int] = {"uint8": 1, "uint16": 2, "uint32": 4}
 class Cursor(msgspec.Struct, frozen=True):
     """Where a shard begins in the output order."""
 
-    position: int = 0
+    position: Natural = 0
     """Rows that the order emits before the row the shard begins in."""
-    offset: int = 0
+    offset: Natural = 0
     """Tokens of that row which the shard before holds."""
 
 
@@ -56,11 +58,11 @@ class Count(msgspec.Struct, array_like=True):
 class ShardRecord(msgspec.Struct):
     """A finished shard."""
 
-    index: int
-    tokens: int
+    index: Natural
+    tokens: Natural
     sha256: str
     """Of the whole file, header included."""
-    documents: int
+    documents: Natural
     """That start in the shard."""
     documents_sha256: str
     """Of the documents sidecar."""
@@ -78,8 +80,8 @@ class TokenizerRecord(msgspec.Struct):
     name: str
     revision: str | None
     sha256: str
-    vocab_size: int
-    eos_id: int
+    vocab_size: Natural
+    eos_id: Natural
     probe: dict[str, list[int]]
 
 
@@ -87,8 +89,8 @@ class FileRecord(msgspec.Struct):
     """A source file; `rows` once it was reached."""
 
     path: str
-    nbytes: int
-    rows: int | None = None
+    nbytes: Natural
+    rows: Natural | None = None
 
 
 class FileLedger(msgspec.Struct):
@@ -120,8 +122,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     shards: list[ShardRecord] = []
     damaged: list[ShardRecord] = []
     """Records of shards whose files are no longer theirs: what making them again must give."""
-    tokens: int = 0
-    documents: int = 0
+    tokens: Natural = 0
+    documents: Natural = 0
     tail: list[Count] = []
     """Rows without text behind the last document."""
     ledger: list[FileLedger] = []
@@ -182,9 +184,11 @@ class Manifest(msgspec.Struct, kw_only=True):
 class CopiedShard(msgspec.Struct):
     """A shard that `tokens.bin` holds."""
 
-    tokens: int
+    tokens: Natural
     sha256: str
     """Of the whole shard file, header included."""
+    mtime_ns: int
+    """Of that file: one with another time is copied again."""
 
 
 class Consolidated(msgspec.Struct, kw_only=True):
@@ -196,10 +200,10 @@ class Consolidated(msgspec.Struct, kw_only=True):
     version: int = VERSION
     complete: bool = False
     dtype: layout.DTypeName
-    seq_len: int
+    seq_len: Positive
     id_scheme: layout.IdScheme
-    tokens: int = 0
-    samples: int = 0
+    tokens: Natural = 0
+    samples: Natural = 0
     tokens_sha256: str = ""
     sample_ids_sha256: str = ""
     shards: list[CopiedShard] = []

@@ -58,16 +58,18 @@ def make_way(root: Path, recipe: Recipe) -> None:
 
     Anything else is left alone: `pretokenize` will say what is in its way.
     """
+    if not (root / layout.MANIFEST).exists():
+        return
     with storage.held(root):
         manifest = manifests.load(root)
-        if manifest is None or len(manifest.shards) != 1:
+        if manifest is None or len(manifest.shards) != 1 or manifests.load_consolidated(root) is not None:
             return
         size = {"shard_size": recipe.shard_size, "total_tokens": recipe.total_tokens}
         same = msgspec.structs.replace(manifest.recipe, **size)
         resolved = msgspec.structs.replace(recipe, dtype=same.dtype, eos_token=same.eos_token)
         if manifest.recipe.shard_size >= recipe.shard_size or resolved.difference(same) is not None:
             return
-        for name in (layout.MANIFEST, layout.shard_name(0), layout.documents_name(0)):
+        for name in (layout.shard_name(0), layout.documents_name(0), layout.MANIFEST):
             with storage.reported(root / name):
                 (root / name).unlink(missing_ok=True)
 

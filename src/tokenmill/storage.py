@@ -108,6 +108,18 @@ def reported(path: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while `path` is read into a `DataRootError`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataRootError(
+            f"{path}: cannot be read: {error.strerror or error}",
+            next_step="check the permissions and the disk, then run the same command again",
+        ) from None
+
+
 def _fsync_directory(path: Path) -> None:
     if os.name == "nt":  # Windows cannot open directories, and journals renames itself
         return

@@ -94,7 +94,7 @@ class TokensFile:
     def _stored(self, at: int, nbytes: int) -> Iterator[memoryview]:
         """Chunks of the file; each is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK_NBYTES, nbytes)))
-        with self.partial.open("rb", buffering=0) as file:
+        with storage.readable(self.partial), self.partial.open("rb", buffering=0) as file:
             file.seek(at)
             while nbytes:
                 count = file.readinto(buffer[: min(nbytes, len(buffer))])

@@ -13,6 +13,15 @@ from tokenmill import layout
 from tokenmill.findings import Inquiry
 from tokenmill.manifest import Manifest, ShardRecord
 
+_SCHEMA = pa.schema(
+    [
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+
 
 class DocumentChecks:
     """Where documents begin and end, and what they come from."""
@@ -41,10 +50,10 @@ class DocumentChecks:
                 return  # told by the check of files; what follows could not be placed
             self.job.check_digest(path, shard.documents_sha256)
             try:
-                table = pq.read_table(path)
+                table = pq.read_table(path).cast(_SCHEMA)
                 start, tokens, row = (table[column].to_numpy() for column in ("start", "tokens", "row"))
-                source = table["source"].combine_chunks()
-            except (pa.ArrowException, KeyError, OSError) as error:
+                source = table["source"].unify_dictionaries().combine_chunks()
+            except (pa.ArrowException, ValueError, OSError) as error:
                 self.job.require(
                     False, name, "the file", "is a sidecar", expected="parquet", found=str(error).split("\n")[0]
                 )
@@ -152,7 +161,8 @@ class DocumentChecks:
         """Rows lie inside their source files."""
         assert self.job.manifest is not None
         rows = np.array([file.rows or 0 for file in self.job.manifest.files], np.int64)
-        outside = np.flatnonzero((files >= 0) & ((row < 0) | (row >= rows[files])))
+        known = np.flatnonzero(files >= 0)
+        outside = known[(row[known] < 0) | (row[known] >= rows[files[known]])]
         if len(outside):
             at = int(outside[0])
             expected = f"below {rows[files[at]]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tokenize
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class RecordChecks:
         same, name = self.job.same, layout.MANIFEST
         recipe, size = manifest.recipe, manifest.recipe.shard_size
         same(name, "complete", "the data set", expected=True, found=manifest.complete)
+        self.job.require(len(manifest.shards) > 0, name, "shards", "the data set", expected="1 or more", found=0)
         same(name, "damaged", "shards to be made again", expected=0, found=len(manifest.damaged))
         same(name, "fingerprint", "of the recipe", expected=self._fingerprint(), found=manifest.fingerprint)
         for index, shard in enumerate(manifest.shards):
@@ -188,7 +190,7 @@ class RecordChecks:
             return
         try:
             array = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:
             self.job.require(False, name, "bytes 0 to 127", "NPY header", expected="that of a 1-D array", found=error)
             return
         found = (array.dtype.str, array.shape)

@@ -131,6 +131,8 @@ class TokenChecks:
     def _id_steps(self, record: Consolidated, tokens: Path, sample_ids: Path) -> list[Callable[[], None]]:
         """Make ids again in processes, a range each."""
         window = record.seq_len * (4 if record.id_scheme == "templar-v1" else self.job.dtype.itemsize)
+        if record.samples != record.tokens // record.seq_len:
+            return []  # told by the check of records; what an id covers cannot be known
         stored = min(record.samples, sample_ids.stat().st_size // 8)
         samples = max(1, _ID_RANGE_NBYTES // window)
 
