@@ -73,9 +73,12 @@ pretokenize(recipe, sys.argv[3], workers=2)
 
 
 def test_memory_does_not_grow_with_the_corpus_nor_the_shard(tmp_path: Path) -> None:
-    """Four times the text, all of it in one shard; held, its tokens alone would be 90 MB more."""
+    """Three times the text, all of it in one shard; held, its tokens alone would be 180 MB more.
+
+    Even the smaller corpus is larger than the window and warms every cache.
+    """
     peaks = []
-    for files in (4, 16):
+    for files in (12, 36):
         corpus = tmp_path / f"corpus-{files}"
         for number in range(files):
             rng = random.Random(number)
@@ -83,7 +86,7 @@ def test_memory_does_not_grow_with_the_corpus_nor_the_shard(tmp_path: Path) -> N
             write_parquet(corpus / f"{number}.parquet", texts, row_group_size=200)
         arguments = [sys.executable, "-c", PEAK, str(corpus), str(TOKENIZER), str(tmp_path / f"out-{files}")]
         peaks.append(int(subprocess.run(arguments, capture_output=True, check=True, timeout=200).stdout))
-    assert peaks[1] - peaks[0] < 30_000, peaks
+    assert peaks[1] - peaks[0] < 80_000, peaks
 
 
 def test_the_demo_tokenizer_is_what_its_script_makes() -> None:
