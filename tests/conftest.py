@@ -110,3 +110,23 @@ else:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 """Program text: prints the peak memory of its process so far, in KiB."""
+
+DIE_AT = """
+import os, pathlib, signal, sys
+from tokenmill.cli import main
+left = int(sys.argv.pop(1))
+def dying(original):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return call
+os.fsync = dying(os.fsync)
+if hasattr(os, "fdatasync"):
+    os.fdatasync = dying(os.fdatasync)
+pathlib.Path.replace, pathlib.Path.unlink = dying(pathlib.Path.replace), dying(pathlib.Path.unlink)
+main()
+"""
+"""Program text: the command line, killed before the n-th step of making anything durable; n comes first."""

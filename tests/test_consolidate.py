@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from conftest import PRINT_PEAK, REPOSITORY, command, golden, run_cli, shared, write_parquet
+from conftest import DIE_AT, PRINT_PEAK, REPOSITORY, command, golden, run_cli, shared, write_parquet
 from tokenmill import consolidation, errors, inventory, layout, manifest, pipeline, proof, tokens_file
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
@@ -534,24 +534,6 @@ def test_damaged_stretches_are_made_again(tmp_path: Path, recipe: Recipe, damage
 
 
 # Kills
-
-
-DIE_AT = """
-import os, pathlib, signal, sys
-from tokenmill.cli import main
-left = int(sys.argv.pop(1))
-def dying(original):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return call
-os.fsync, os.fdatasync = dying(os.fsync), dying(os.fdatasync)
-pathlib.Path.replace, pathlib.Path.unlink = dying(pathlib.Path.replace), dying(pathlib.Path.unlink)
-main()
-"""
 
 
 def dies(call: int, line: list[str]) -> bool:

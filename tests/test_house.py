@@ -65,7 +65,7 @@ PEAK = (
 import sys
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
-recipe = Recipe(dataset=sys.argv[1], tokenizer=sys.argv[2], buffer_size=200, shard_size=1 << 26)
+recipe = Recipe(dataset=sys.argv[1], tokenizer=sys.argv[2], buffer_size=200, shard_size=1 << 28)
 pretokenize(recipe, sys.argv[3], workers=2)
 """
     + PRINT_PEAK

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import command, write_parquet
+from conftest import DIE_AT, command, write_parquet
 from tokenmill import layout, manifest
 from tokenmill.demo import TOKENIZER
 from tokenmill.pipeline import pretokenize
@@ -83,23 +83,6 @@ def test_random_kills(corpus: Path, whole: tuple[dict[str, str], float], tmp_pat
         assert digests(root) == expected
         assert not list(root.glob("*.partial"))
     assert roots < KILLS  # kills did fall into runs that then had to be resumed
-
-
-DIE_AT = """
-import os, pathlib, signal, sys
-from tokenmill.cli import main
-left = int(sys.argv.pop(1))
-def dying(original):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return call
-os.fsync, pathlib.Path.replace = dying(os.fsync), dying(pathlib.Path.replace)
-main()
-"""
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 27])

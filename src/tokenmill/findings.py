@@ -135,6 +135,14 @@ class Inquiry:
         self.same(path.name, "the file", "sha256", expected=expected, found=found.hexdigest())
 
 
+class Checks:
+    """A group of checks that add to an inquiry."""
+
+    def __init__(self, job: Inquiry) -> None:
+        self.job = job
+        self.root = job.root
+
+
 def shard_header(dtype: np.dtype[Any], tokens: int) -> bytes:
     """What `numpy.save` writes before a 1-D array of so many tokens (NPY format, version 1.0)."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({tokens},), }}"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokenmill import layout
-from tokenmill.findings import Inquiry
+from tokenmill.findings import Checks
 from tokenmill.manifest import Manifest, ShardRecord
 
 _SCHEMA = pa.schema(
@@ -23,12 +23,8 @@ _SCHEMA = pa.schema(
 )
 
 
-class DocumentChecks:
+class DocumentChecks(Checks):
     """Where documents begin and end, and what they come from."""
-
-    def __init__(self, job: Inquiry) -> None:
-        self.job = job
-        self.root = job.root
 
     def check(self) -> None:
         """Every sidecar."""

@@ -9,16 +9,12 @@ import tokenize
 import numpy as np
 
 from tokenmill import layout
-from tokenmill.findings import Inquiry
+from tokenmill.findings import Checks
 from tokenmill.manifest import Consolidated, Manifest
 
 
-class RecordChecks:
+class RecordChecks(Checks):
     """Everything that needs no reading of tokens."""
-
-    def __init__(self, job: Inquiry) -> None:
-        self.job = job
-        self.root = job.root
 
     def check(self) -> None:
         """Everything that needs no reading of tokens."""

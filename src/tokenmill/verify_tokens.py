@@ -12,19 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from tokenmill import layout, verify_ids
-from tokenmill.findings import Inquiry, shard_header
+from tokenmill.findings import Checks, shard_header
 from tokenmill.manifest import Consolidated
 
 _ID_RANGE_NBYTES = 1 << 28
 """Of tokens whose ids one process makes again."""
 
 
-class TokenChecks:
+class TokenChecks(Checks):
     """Digests, ids of samples, ids of tokens."""
-
-    def __init__(self, job: Inquiry) -> None:
-        self.job = job
-        self.root = job.root
 
     def check(self) -> None:
         """Everything that only reading tells."""
