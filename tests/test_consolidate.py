@@ -296,6 +296,18 @@ def test_pretokenize_leaves_a_consolidated_root_alone(tmp_path: Path, recipe: Re
     assert before == {path: path.read_bytes() for path in root.iterdir()}
 
 
+@pytest.mark.parametrize("lost", ["tokens.bin", "sample_ids.bin"])
+def test_a_lost_file_of_a_consumed_root_is_told_and_made_again(tmp_path: Path, recipe: Recipe, lost: str) -> None:
+    root = tmp_path / "out"
+    pretokenize(recipe, root, consolidated=True)
+    made = stored_files(root)
+    (root / lost).unlink()
+    with pytest.raises(errors.DataRootError, match=r"is missing, or not of the size consolidated\.json says"):
+        pretokenize(recipe, root)
+    pretokenize(recipe, root, consolidated=True)
+    assert stored_files(root) == made
+
+
 # Validation
 
 

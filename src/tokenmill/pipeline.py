@@ -31,6 +31,7 @@ from tokenmill.proof import Proof, choose_scheme, is_whole, prove
 from tokenmill.recipe import Recipe, checked
 from tokenmill.resume import (
     agree_on_probe,
+    consumed,
     missing_ranges,
     refuse_foreign,
     refuse_inside,
@@ -186,7 +187,7 @@ def pretokenize(
             return _pretokenize_consolidated(job, id_scheme, show, begin, started)
         if begun is None:
             forget(root)
-        if manifest.complete and (record := manifests.load_consolidated(root)) is not None:
+        if manifest.complete and (record := consumed(root)) is not None:
             return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, record, manifest))
         remade = set_damaged_aside(root, manifest)
         if manifest.complete and not remade:

@@ -13,7 +13,8 @@ from pathlib import Path
 from tokenmill import layout
 from tokenmill.encode import Encoder
 from tokenmill.errors import DataRootError, SourceChangedError, TokenizerError
-from tokenmill.manifest import Consolidated, Manifest, ShardRecord
+from tokenmill.manifest import Consolidated, Manifest, ShardRecord, load_consolidated
+from tokenmill.proof import is_whole
 from tokenmill.recipe import Recipe
 from tokenmill.source import Corpus
 from tokenmill.tokens_file import TokensFile
@@ -109,6 +110,23 @@ def refuse_other_form(root: Path, manifest: Manifest, record: Consolidated | Non
             f"{root}: was begun as {layout.TOKENS}, and cannot go on as shards",
             next_step="run the command with --consolidated",
         )
+
+
+def consumed(root: Path) -> Consolidated | None:
+    """The record of `tokens.bin` where it is all that holds the tokens; None where there are shard files.
+
+    Raises:
+        DataRootError: it should be, and is not there.
+    """
+    record = load_consolidated(root)
+    if record is None or any(root.glob(layout.SHARD_GLOB)):
+        return None
+    if not is_whole(root, record):
+        raise DataRootError(
+            f"{root}: {layout.TOKENS} or {layout.SAMPLE_IDS} is missing, or not of the size {layout.CONSOLIDATED} says",
+            next_step="run the command with --consolidated: what is missing is made again from the corpus",
+        )
+    return record
 
 
 def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile) -> list[str]:
