@@ -201,7 +201,7 @@ def pretokenize(
         raise click.exceptions.Exit(1)
 
 
-@cli.command()
+@cli.command(short_help="Join shards into tokens.bin and sample_ids.bin.")
 @_data_root
 @click.option("--seq-len", type=click.IntRange(1), metavar="TOKENS", help="Tokens per sample.  [the recipe's, or 2048]")
 @click.option(
@@ -260,7 +260,7 @@ def consolidate(
         raise click.exceptions.Exit(1)
 
 
-@cli.command("test-shard")
+@cli.command("test-shard", short_help="Make only the first shard of a data set.")
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @_recipe_options
 @_with(_speed_options)
@@ -297,7 +297,7 @@ def test_shard(
         _echo(report.statistics_lines(single_shard.shard_statistics(path)))
 
 
-@cli.command()
+@cli.command(short_help="Prove that a data set is what its records say.")
 @_data_root
 @click.option("--quick", is_flag=True, help="Only sizes, headers and whether the manifest agrees with itself; instant.")
 @click.option(
@@ -316,7 +316,7 @@ def test_shard(
 def verify(
     data_root: Path, *, workers: int | None, quiet: bool, as_json: bool, dataset: tuple[str, ...], **options: Any
 ) -> None:
-    """Prove that the data set in DATA_ROOT is what its manifest says; exit code 1 if anything is not.
+    """Prove that the data set in DATA_ROOT is what its records say; exit code 1 if anything is not.
 
     Reads every byte: digests, sample ids, token ids, documents, ledger. Writes nothing. With --deep it
     goes back to the source and the reference tokenizer engine.
@@ -348,7 +348,7 @@ def info(data_root: Path, *, as_json: bool) -> None:
     _show(found, report.info_lines(found), as_json)
 
 
-@cli.command()
+@cli.command(short_help="The text of a sample, and where it came from.")
 @_data_root
 @click.option("--sample", type=click.IntRange(0), required=True, metavar="I", help="Which one, from 0.")
 @click.option("--ids", "with_ids", is_flag=True, help="A line for every token: its place, its id, its text.")
@@ -406,7 +406,7 @@ def where(
     _show(places, [line for place in places for line in report.place_lines(place)], as_json)
 
 
-@cli.command()
+@cli.command(short_help="Lengths, frequencies, duplicate samples.")
 @_data_root
 @_json
 def stats(data_root: Path, *, as_json: bool) -> None:
@@ -431,7 +431,7 @@ def _tell(quiet: bool, line: str) -> None:
         click.echo(line)
 
 
-@cli.command()
+@cli.command(short_help="Pretokenize Python's own standard library.")
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @_with(_speed_options[:1])
 def demo(output: Path, workers: int | None) -> None:
