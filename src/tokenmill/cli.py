@@ -363,7 +363,7 @@ def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None
     _show(found, lines, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Where a sample comes from, and back.")
 @_data_root
 @click.option("--sample", type=click.IntRange(0), metavar="I", help="A sample, from 0.")
 @click.option("--token", type=click.IntRange(0), metavar="T", help="A token of the whole stream, from 0.")
