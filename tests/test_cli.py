@@ -270,3 +270,6 @@ def test_demo(tmp_path: Path) -> None:
     state = manifest.load(tmp_path / "demo" / "tokens")
     assert len(state.shards) >= 3
     assert "already complete" in run_cli("demo", tmp_path / "demo").stdout
+    assert run_cli("consolidate", tmp_path / "demo" / "tokens", "--consume").returncode == 0
+    again = run_cli("demo", tmp_path / "demo")
+    assert (again.returncode, "The data is in" in again.stdout) == (0, True), again.stderr

@@ -446,7 +446,7 @@ def demo(output: Path, workers: int | None) -> None:
         click.echo(f"writing Python's standard library to {corpus} as parquet")
         write_corpus(corpus)
     run(demo_recipe(corpus), root, workers=_cores(workers))
-    click.echo(f"\nThe data is in {root}; its first shard begins:\n")
+    click.echo(f"\nThe data is in {root}; it begins:\n")
     click.echo("\n".join(f"    {line}" for line in excerpt(root).splitlines()))
     click.echo(
         "\nNext, your own text (a directory of parquet files with a column 'text'):\n"

@@ -7,12 +7,12 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenmill import layout
 from tokenmill.encode_hf import HFEngine
+from tokenmill.load import open_root
 from tokenmill.recipe import Recipe, load_recipe
 from tokenmill.storage import reported
 from tokenmill.tokenizer import load_tokenizer
@@ -60,6 +60,7 @@ def demo_recipe(corpus: Path) -> Recipe:
 
 
 def excerpt(root: Path, tokens: int = 160) -> str:
-    """The text of the first tokens of the first shard."""
-    shard = np.load(root / layout.shard_name(0), mmap_mode="r")
-    return HFEngine(load_tokenizer(str(TOKENIZER)), special_in_text="parse").decode(shard[:tokens].tolist())
+    """The text of the first tokens."""
+    stream = open_root(root).tokens()
+    ids = stream.read(0, min(tokens, stream.tokens)).tolist()
+    return HFEngine(load_tokenizer(str(TOKENIZER)), special_in_text="parse").decode(ids)
