@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -447,8 +448,8 @@ def test_interrupt_ends_at_once(tmp_path: Path) -> None:
     np.save(root / "train_000000.npy", np.zeros(200_000_000, np.uint16))
     consolidate(root)
     run = subprocess.Popen(command("verify", root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.7)
-    assert run.poll() is None
+    while not any(Path(file.path).parent == root for file in psutil.Process(run.pid).open_files()):
+        assert run.poll() is None
     run.send_signal(signal.SIGINT)
     begin = time.monotonic()
     _, stderr = run.communicate(timeout=30)
