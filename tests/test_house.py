@@ -38,7 +38,7 @@ def test_modules_import_only_from_earlier_ones() -> None:
 
 @pytest.mark.parametrize("module", ["tokenmill", "tokenmill.cli"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
-    heavy = "pyarrow awkward gigatoken tokenizers huggingface_hub rich torch ray obstore pandas"
+    heavy = "pyarrow awkward gigatoken tokenizers huggingface_hub requests botocore rich torch ray pandas"
     program = f"import sys, {module}; print(*[m for m in '{heavy}'.split() if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == ""
@@ -50,6 +50,9 @@ def test_each_special_dependency_has_one_home() -> None:
         "awkward": "encode_gigatoken.py",
         "tokenizers": "encode_hf.py",
         "huggingface_hub": "hub.py",
+        "requests": "http.py",
+        "botocore": "s3.py",
+        "tenacity": "retry.py",
         "filelock": "storage.py",
         "rich": "progress.py",
         "psutil": "progress.py",

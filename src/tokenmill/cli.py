@@ -22,6 +22,7 @@ import msgspec
 from tokenmill import layout
 from tokenmill.engine import available_cores
 from tokenmill.errors import TokenmillError
+from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
@@ -85,11 +86,15 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--dataset",
             multiple=True,
-            metavar="PATH",
-            help="Corpus: a directory, a glob or a parquet file; may be repeated for files.",
+            metavar="PATH|URL",
+            help="Corpus: a directory, a glob or a file (may be repeated); hf://datasets/OWNER/NAME[@REVISION][/PATH] "
+            "or OWNER/NAME; s3://BUCKET/PREFIX; https:// files.",
         ),
         click.option("--tokenizer", metavar="PATH|NAME", help="A directory, a tokenizer.json, or a hub name."),
-        click.option("--text-column", metavar="NAME", help="Column that holds the documents.  [text]"),
+        click.option("--text-column", metavar="NAME", help="Column or JSON field that holds the documents.  [text]"),
+        click.option(
+            "--text-separator", metavar="STRING", help="Ends a document in plain text files.  [a file is a document]"
+        ),
         click.option("--order", type=click.Choice(["buffer", "sequential"]), help="Order of documents.  [buffer]"),
         click.option("--seed", type=int, help="Of the shuffle.  [42]"),
         click.option("--buffer-size", type=int, metavar="ROWS", help="Slots of the shuffle's reservoir.  [10000]"),
@@ -130,6 +135,19 @@ _speed_options = [
 ]
 
 
+_on_bad_rows = click.option(
+    "--on-bad-rows",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="Malformed JSON or UTF-8: stop there, or leave the row out, counted and listed in skipped.jsonl.",
+)
+
+_store_options = [
+    click.option("--endpoint-url", metavar="URL", help="Of an S3 store other than AWS.  [AWS_ENDPOINT_URL]"),
+    click.option("--anonymous", is_flag=True, help="Read public s3:// buckets without credentials."),
+]
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 _data_root = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
 _id_scheme = click.option(
@@ -154,6 +172,8 @@ def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], 
 @_with(_speed_options)
 @click.option("--consolidated", is_flag=True, help="Write tokens.bin and sample_ids.bin at once, no shards.")
 @_id_scheme
+@_on_bad_rows
+@_with(_store_options)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs; make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @_json
@@ -166,6 +186,9 @@ def pretokenize(
     engine_tokenizer: str,
     consolidated: bool,
     id_scheme: layout.IdScheme | None,
+    on_bad_rows: OnBadRows,
+    endpoint_url: str | None,
+    anonymous: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -173,6 +196,7 @@ def pretokenize(
 ) -> None:
     """Tokenize a corpus into shards in the directory OUTPUT.
 
+    The corpus is parquet, Arrow/Feather, JSON Lines or plain text (.gz and .zst too), local or remote.
     Run the same command again after a crash, a kill or Ctrl-C: it goes on from the last whole shard
     and the bytes are the same.
 
@@ -182,18 +206,22 @@ def pretokenize(
       tokenmill pretokenize data/ --recipe my.toml --total-tokens 1000000000 --dry-run
     """
     resolved = load_recipe(recipe, _overrides(fields))
-    cores = _cores(workers)
+    shared: dict[str, Any] = {
+        "workers": _cores(workers),
+        "engine_tokenizer": engine_tokenizer,
+        "consolidated": consolidated,
+        "store": StoreOptions(endpoint_url, anonymous),
+    }
     if dry_run:
-        _dry_run(resolved, output, as_json, workers=cores, engine_tokenizer=engine_tokenizer, consolidated=consolidated)
+        _dry_run(resolved, output, as_json, **shared)
         return
     summary = run(
         resolved,
         output,
-        workers=cores,
         span_rows=span_rows,
-        engine_tokenizer=engine_tokenizer,
-        consolidated=consolidated,
         id_scheme=id_scheme,
+        on_bad_rows=on_bad_rows,
+        **shared,
         quiet=quiet,
         as_json=as_json,
     )
@@ -264,6 +292,8 @@ def consolidate(
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @_recipe_options
 @_with(_speed_options)
+@_on_bad_rows
+@_with(_store_options)
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def test_shard(
     output: Path,
@@ -272,6 +302,9 @@ def test_shard(
     workers: int | None,
     span_rows: int | None,
     engine_tokenizer: str,
+    on_bad_rows: OnBadRows,
+    endpoint_url: str | None,
+    anonymous: bool,
     quiet: bool,
     **fields: object,
 ) -> None:
@@ -292,7 +325,16 @@ def test_shard(
             return
         _tell(quiet, f"that is less than 90% of the wanted {wanted.shard_size:,}: it is made again")
     single_shard.make_way(output, wanted)
-    run(wanted, output, workers=_cores(workers), span_rows=span_rows, engine_tokenizer=engine_tokenizer, quiet=quiet)
+    run(
+        wanted,
+        output,
+        workers=_cores(workers),
+        span_rows=span_rows,
+        engine_tokenizer=engine_tokenizer,
+        on_bad_rows=on_bad_rows,
+        store=StoreOptions(endpoint_url, anonymous),
+        quiet=quiet,
+    )
     if not quiet:
         _echo(report.statistics_lines(single_shard.shard_statistics(path)))
 
@@ -310,11 +352,20 @@ def test_shard(
     "--dataset", multiple=True, metavar="PATH", help="Where the corpus is now, for --deep.  [as the manifest says]"
 )
 @click.option("--tokenizer", metavar="PATH|NAME", help="Where the tokenizer is now, for --deep.  [likewise]")
+@_with(_store_options)
 @click.option("--num-proc", "workers", type=int, metavar="N", help="Threads; 0 or less means 75% of the cores.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless something is wrong.")
 @_json
 def verify(
-    data_root: Path, *, workers: int | None, quiet: bool, as_json: bool, dataset: tuple[str, ...], **options: Any
+    data_root: Path,
+    *,
+    workers: int | None,
+    endpoint_url: str | None,
+    anonymous: bool,
+    quiet: bool,
+    as_json: bool,
+    dataset: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Prove that the data set in DATA_ROOT is what its records say; exit code 1 if anything is not.
 
@@ -328,7 +379,8 @@ def verify(
     if options["quick"] and options["deep"]:
         raise click.UsageError("--quick and --deep exclude each other")
     with byte_display(quiet=quiet or as_json) as show:
-        result = check(data_root, dataset=dataset or None, workers=_cores(workers), show=show, **options)
+        store = StoreOptions(endpoint_url, anonymous)
+        result = check(data_root, dataset=dataset or None, store=store, workers=_cores(workers), show=show, **options)
     if as_json:
         click.echo(msgspec.json.encode(result))
     elif not (quiet and result.passed):
@@ -482,12 +534,14 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     """Pretokenize with progress, a log file, a summary, and a clean end on Ctrl-C."""
     from tokenmill import pipeline, report, storage
     from tokenmill.allocator import keep_freed_memory
+    from tokenmill.locations import without_secrets
     from tokenmill.progress import display
 
     keep_freed_memory()
     storage.make_root(output)
     _log_to(output / layout.LOG)
-    log.info("pretokenize %s: %s", output, msgspec.json.encode(recipe).decode())
+    shown_recipe = msgspec.structs.replace(recipe, dataset=without_secrets(recipe.dataset))
+    log.info("pretokenize %s: %s", output, msgspec.json.encode(shown_recipe).decode())
     _catch_signals()
     try:
         with display(quiet=quiet or as_json) as shown:

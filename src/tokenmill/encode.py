@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from tokenmill.encode_hf import HFEngine
 from tokenmill.errors import AuditError, SourceError, TokenizerError
 from tokenmill.layout import TokenArray, smallest_dtype, token_dtype
+from tokenmill.options import OnBadRows
+from tokenmill.spans import Texts
 from tokenmill.tokenizer import TokenizerFile
 
-NULL, EMPTY, SPECIAL = 1, 2, 4
-"""Row flags: no value; a value of no characters; a document that holds a control-token string."""
+NULL, EMPTY, SPECIAL, BAD = 1, 2, 4, 8
+"""Row flags: no value; a value of no characters; a document that holds a control-token string; a row that is
+not what its format says."""
 
 AUDIT_ONE_IN = 1_000
 AUDIT_ADDED_PER_SPAN = 8
@@ -57,10 +61,12 @@ class EncodedSpan(NamedTuple):
     lengths: NDArray[np.int64]
     """Tokens of each row, EOS included, shape `(rows,)`; 0 where the row yields no document."""
     flags: NDArray[np.uint8]
-    """NULL, EMPTY or SPECIAL of each row, shape `(rows,)`."""
+    """NULL, EMPTY, SPECIAL or BAD of each row, shape `(rows,)`."""
     text_nbytes: int
     audited: int
     """Documents the reference engine encoded as well."""
+    bad: Mapping[int, str]
+    """Why, of each row that is BAD, by its place in the span."""
 
 
 class Encoder:
@@ -109,23 +115,31 @@ class Encoder:
                 raise
             return self._reference
 
-    def encode(self, texts: pa.Array, *, where: str, first_row: int) -> EncodedSpan:
+    def encode(self, texts: Texts, *, where: str, first_row: int, on_bad_rows: OnBadRows = "error") -> EncodedSpan:
         """Encode the rows of one span.
 
         Args:
-            texts: strings or binary, nulls allowed, shape `(rows,)`.
+            texts: the rows.
             where: the source file, for messages.
-            first_row: row of `texts[0]` in that file.
+            first_row: row of `texts.array[0]` in that file.
+            on_bad_rows: `error`, or `skip` to flag them BAD.
 
         Raises:
-            SourceError: a row is not UTF-8.
+            SourceError: a row is bad, or not UTF-8.
             AuditError: the engines disagree on a document.
         """
-        strings = _validated(texts, where, first_row)
+        strings, bad = _validated(texts)
+        if bad and on_bad_rows == "error":
+            row = min(bad)
+            raise SourceError(
+                f"{where}: row {first_row + row}: {bad[row]}",
+                next_step="mend the file, or skip such rows with --on-bad-rows skip, and run the same command again",
+            )
         flags = np.zeros(len(strings), np.uint8)
         flags[pc.equal(pc.binary_length(strings), 0).fill_null(False).to_numpy(zero_copy_only=False)] = EMPTY
         if strings.null_count:
             flags[strings.is_null().to_numpy(zero_copy_only=False)] = NULL
+        flags[list(bad)] = BAD
         rows = np.flatnonzero(flags == 0)
         documents = strings if len(rows) == len(strings) else strings.take(pa.array(rows))
         special = self._matches(documents, self._special)
@@ -140,7 +154,7 @@ class Encoder:
         audited = self._audit(documents, ids, offsets, rows + first_row, where)
         lengths = np.zeros(len(strings), np.int64)
         lengths[rows] = np.diff(offsets) + 1
-        return EncodedSpan(self._with_eos(ids, offsets), lengths, flags, strings.nbytes, audited)
+        return EncodedSpan(self._with_eos(ids, offsets), lengths, flags, strings.nbytes, audited, bad)
 
     def _encode_documents(
         self, documents: pa.LargeStringArray, special: NDArray[np.int64]
@@ -244,36 +258,35 @@ def _disagreement(
     )
 
 
-def _validated(texts: pa.Array, where: str, first_row: int) -> pa.LargeStringArray:
-    """As large strings, known to be UTF-8 (parquet does not promise it, gigatoken relies on it)."""
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.dictionary_decode()
+def _validated(texts: Texts) -> tuple[pa.LargeStringArray, dict[int, str]]:
+    """As large strings, known to be UTF-8 (parquet does not promise it, gigatoken relies on it), and the bad rows."""
+    array, bad = texts.array, dict(texts.bad)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     try:
-        strings = texts.cast(pa.large_string())  # checks what was binary
-        if not _is_binary(texts.type):
+        strings = array.cast(pa.large_string())  # checks what was binary
+        if not _is_binary(array.type):
             strings.validate(full=True)
     except pa.ArrowInvalid:
-        row = _first_invalid_row(texts if _is_binary(texts.type) else texts.cast(pa.large_string()))
-        raise SourceError(
-            f"{where}: row {first_row + row}: the text is not valid UTF-8",
-            next_step="re-encode the file, or drop the row, and run the same command again",
-        ) from None
-    return strings
+        values = array.cast(pa.large_binary()).to_pylist()
+        for row, value in enumerate(values):
+            if value is not None and not _is_utf8(value):
+                bad[row] = "the text is not valid UTF-8"
+                values[row] = None
+        strings = pa.array(values, pa.large_binary()).cast(pa.large_string())
+    return strings, bad
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_binary(kind: pa.DataType) -> bool:
     return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
-
-
-def _first_invalid_row(texts: pa.Array) -> int:
-    for row, value in enumerate(texts.cast(pa.large_binary())):
-        data = value.as_py()
-        try:
-            if data is not None:
-                data.decode("utf-8")
-        except UnicodeDecodeError:
-            return row
-    raise AssertionError("Arrow found invalid UTF-8 that Python does not")
 
 
 def _gigatoken(tokenizer: TokenizerFile, special_in_text: str) -> Engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -35,6 +37,34 @@ class ThreadEngine:
 
     def shutdown(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Lookahead(Iterator[T]):
+    """The items of an iterator, some of them taken ahead on a thread of its own.
+
+    What the iterator raises is raised in its turn.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self._items = items
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._coming = deque(self._pool.submit(self._next) for _ in range(depth))
+
+    def _next(self) -> list[T]:
+        """The next item, alone in a list; nothing in it at the end."""
+        return list(itertools.islice(self._items, 1))
+
+    def __next__(self) -> T:
+        item = self._coming.popleft().result()
+        if not item:
+            self._coming.appendleft(self._pool.submit(self._next))  # for whoever asks again
+            raise StopIteration
+        self._coming.append(self._pool.submit(self._next))
+        return item[0]
+
+    def close(self) -> None:
+        """Take no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def available_cores() -> int:

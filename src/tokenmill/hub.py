@@ -6,10 +6,16 @@ It reads HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself; no credential passes t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from tokenmill.errors import TokenizerError
+from tokenmill.errors import SourceError, TokenizerError
+from tokenmill.retry import Retrier, TransientError
+
+T = TypeVar("T")
+
+_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class Fetched(NamedTuple):
@@ -53,3 +59,116 @@ def fetch_tokenizer(name: str, revision: str | None) -> Fetched:
             next_step="check the name; for a private or gated repository set HF_TOKEN; or give a local directory",
         ) from None
     return Fetched(path, commit)
+
+
+class RepositoryFile(NamedTuple):
+    """A file of a data set's repository."""
+
+    path: str
+    nbytes: int
+    etag: str
+    """SHA-256 of its content where the hub keeps that (large files), else the Git blob's id."""
+
+
+class Repository(NamedTuple):
+    """A data set's repository at one commit."""
+
+    name: str
+    commit: str
+    files: list[RepositoryFile]
+    card: dict[str, Any]
+    """The YAML of its `README.md`; empty if there is none."""
+
+    def url(self, path: str) -> str:
+        """Where a file is to be had, by HTTP."""
+        import huggingface_hub
+
+        return huggingface_hub.hf_hub_url(self.name, path, repo_type="dataset", revision=self.commit)
+
+
+def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repository:
+    """Resolve `revision` (None: the main branch) to a commit and list its files.
+
+    Raises:
+        SourceError: unknown, private, or out of reach.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    commit = _asked(name, retrier, lambda: api.dataset_info(name, revision=revision).sha)
+    assert commit is not None
+    entries = _asked(
+        name,
+        retrier,
+        lambda: list(api.list_repo_tree(name, repo_type="dataset", revision=commit, recursive=True)),
+    )
+    files = [
+        RepositoryFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+        for entry in entries
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+    ]
+    card: dict[str, Any] = {}
+    if any(file.path == "README.md" for file in files):
+        card = _asked(name, retrier, lambda: _card(name, commit))
+    return Repository(name, commit, files, card)
+
+
+def _card(name: str, commit: str) -> dict[str, Any]:
+    import huggingface_hub
+
+    url = huggingface_hub.hf_hub_url(name, "README.md", repo_type="dataset", revision=commit)
+    response = huggingface_hub.get_session().get(url, headers=headers(), follow_redirects=True, timeout=30)
+    response.raise_for_status()
+    card = huggingface_hub.DatasetCard(response.text, ignore_metadata_errors=True)
+    return dict(card.data.to_dict())  # type: ignore[no-untyped-call]
+
+
+def headers() -> dict[str, str]:
+    """Of a request to the hub, the user's token among them if there is one."""
+    from huggingface_hub import utils
+
+    return dict(utils.build_hf_headers(library_name="tokenmill"))  # type: ignore[attr-defined]
+
+
+def _asked(name: str, retrier: Retrier, question: Callable[[], T]) -> T:
+    """The hub's answer, transient faults tried again."""
+
+    def once() -> T:
+        try:
+            return question()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            # What never got an answer is raised by the transport, whichever version of it there is.
+            unanswered = status is None and type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore2")
+            if unanswered or status in _TRANSIENT_STATUS:
+                after = response.headers.get("Retry-After", "") if response is not None else ""
+                reason = f"the hub: {f'HTTP {status}' if status else type(error).__name__}"
+                raise TransientError(reason, float(after) if after.isdecimal() else 0.0) from None
+            raise
+
+    try:
+        return retrier(once)
+    except TransientError as error:
+        raise SourceError(
+            f"data set {name}: the hub cannot be reached: {error}",
+            next_step="check the network, then run the same command again",
+        ) from None
+    except Exception as error:  # noqa: BLE001  # the client passes on whatever its transport raises
+        raise refused(name, error) from None
+
+
+def refused(name: str, error: Exception) -> SourceError:
+    """The hub's refusal of a data set, as an error that says what to do."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return SourceError(
+            f"data set {name}: HF_HUB_OFFLINE is set, so the hub is not asked",
+            next_step="unset it, or give a directory that holds the files",
+        )
+    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return SourceError(
+        f"data set {name}: the hub refused it: {reason}",
+        next_step="check the name and the revision; for a private or gated data set set HF_TOKEN",
+    )

@@ -34,7 +34,7 @@ class Cursor(msgspec.Struct, frozen=True):
 
 
 class Count(msgspec.Struct, array_like=True):
-    """Rows of one source file that the order emitted; written as `[file, documents, null, empty, special]`."""
+    """Rows of one source file that the order emitted; written as `[file, documents, null, empty, special, bad]`."""
 
     file: int
     """Index into `Manifest.files`."""
@@ -43,16 +43,19 @@ class Count(msgspec.Struct, array_like=True):
     empty: int = 0
     special: int = 0
     """Documents (among those counted) that hold a control-token string."""
+    bad: int = 0
+    """Rows that are not what their format says, left out on request; see `skipped.jsonl`."""
 
     @property
     def rows(self) -> int:
-        return self.documents + self.null + self.empty
+        return self.documents + self.null + self.empty + self.bad
 
     def add(self, other: Count) -> None:
         self.documents += other.documents
         self.null += other.null
         self.empty += other.empty
         self.special += other.special
+        self.bad += other.bad
 
 
 class ShardRecord(msgspec.Struct):
@@ -86,11 +89,13 @@ class TokenizerRecord(msgspec.Struct):
 
 
 class FileRecord(msgspec.Struct):
-    """A source file; `rows` once it was reached."""
+    """A source file; `rows` once they were counted."""
 
     path: str
     nbytes: Natural
     rows: Natural | None = None
+    etag: str | None = None
+    """What identified its content in the store it came from."""
 
 
 class FileLedger(msgspec.Struct):
@@ -104,6 +109,7 @@ class FileLedger(msgspec.Struct):
     special: int
     unused: int
     """Rows behind the end of the stream (`total_tokens`)."""
+    bad: int = 0
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -119,6 +125,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Versions that made the last shards."""
     files: list[FileRecord]
     """In path order."""
+    source_revision: str | None = None
+    """The commit that was read, if the corpus is a hub's."""
     shards: list[ShardRecord] = []
     damaged: list[ShardRecord] = []
     """Records of shards whose files are no longer theirs: what making them again must give."""
@@ -298,15 +306,15 @@ def _encode(record: Manifest | Consolidated) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
 
 
-def complete(root: Path, manifest: Manifest) -> None:
-    """Balance the ledger, per file; then the data set is complete.
+def balance(root: Path, manifest: Manifest) -> None:
+    """Fill the ledger, per source file.
 
     Raises:
         LedgerError: rows are missing or counted twice.
         SourceError: no row had text.
     """
     if not manifest.shards:
-        rows = sum(file.rows or 0 for file in manifest.files)
+        rows = sum(count.rows for count in manifest.tail)
         raise SourceError(
             f"{root}: the corpus has {rows} rows and none has text", next_step="name the text column with --text-column"
         )
@@ -316,12 +324,14 @@ def complete(root: Path, manifest: Manifest) -> None:
     manifest.ledger = [
         FileLedger(
             path=file.path,
-            rows=file.rows or 0,
+            rows=count.rows if file.rows is None else file.rows,
             documents=count.documents,
             null=count.null,
             empty=count.empty,
             special=count.special,
-            unused=(file.rows or 0) - count.rows,
+            bad=count.bad,
+            # Of a file that was not read to its end, how many are behind the stream's is not known.
+            unused=0 if file.rows is None else file.rows - count.rows,
         )
         for file, count in zip(manifest.files, totals, strict=True)
     ]
@@ -332,7 +342,7 @@ def complete(root: Path, manifest: Manifest) -> None:
         if entry.unused < 0 or (entry.unused > 0 and not stopped):
             raise LedgerError(
                 f"{root}: {entry.path}: {entry.rows} rows read, but {entry.documents} documents + {entry.null} null "
-                f"+ {entry.empty} empty = {entry.rows - entry.unused}",
+                f"+ {entry.empty} empty + {entry.bad} bad = {entry.rows - entry.unused}",
                 next_step="report this with manifest.json; do not train on this data root",
             )
     counted = sum(entry.rows - entry.unused for entry in manifest.ledger)
@@ -342,5 +352,9 @@ def complete(root: Path, manifest: Manifest) -> None:
             f"{counted} rows and {sum(entry.documents for entry in manifest.ledger)} documents",
             next_step="report this with manifest.json; do not train on this data root",
         )
+
+
+def complete(root: Path, manifest: Manifest) -> None:
+    """Say that the data set is complete; its ledger balances."""
     manifest.complete = True
     save(root, manifest)

@@ -21,9 +21,11 @@ import numpy as np
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
-from tokenmill.engine import TaskEngine, ThreadEngine, available_cores
+from tokenmill.engine import Lookahead, TaskEngine, ThreadEngine, available_cores
 from tokenmill.errors import SourceChangedError
+from tokenmill.locations import without_secrets
 from tokenmill.manifest import Consolidated, Cursor, FileRecord, Manifest, TokenizerRecord
+from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
@@ -40,10 +42,13 @@ from tokenmill.resume import (
     set_damaged_aside,
     set_lost_aside,
 )
-from tokenmill.source import Corpus, ParquetFile, Span, find_corpus
+from tokenmill.source import Corpus, find_corpus
+from tokenmill.spans import Span, SpanReader
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
 from tokenmill.writer import Writer
+
+_NO_OPTIONS = StoreOptions()
 
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte of tokens, also when the shuffle's buffer is emptied."""
@@ -59,6 +64,8 @@ class Progress(NamedTuple):
     """The one being written."""
     window_nbytes: int
     """Encoded tokens that wait for their turn in the order."""
+    retries: int
+    """Requests to a store that failed and were tried again."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -78,6 +85,10 @@ class Summary(msgspec.Struct, kw_only=True):
     rows: int
     skipped_null: int
     skipped_empty: int
+    skipped_bad: int
+    """Rows that are not what their format says; `skipped.jsonl` lists them."""
+    retries: int
+    """Requests to a store that failed and were tried again."""
     special_documents: int
     """Documents that hold a control-token string."""
     audited_documents: int
@@ -102,6 +113,7 @@ class Workload(NamedTuple):
 
     workers: int
     span_rows: int | None
+    on_bad_rows: OnBadRows
 
 
 class _Job(NamedTuple):
@@ -116,18 +128,25 @@ class _Job(NamedTuple):
 Show = Callable[[Progress], None]
 
 
-def prepare(recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | None = None, store: StoreOptions = _NO_OPTIONS
+) -> Prepared:
     """Find the corpus, load the tokenizer, resolve what the recipe leaves open.
+
+    Args:
+        revision: the commit of the tokenizer's repository; None takes what its name says.
+        store: how to reach the corpus.
 
     Raises:
         RecipeError, SourceError, TokenizerError: as those stages say.
     """
     recipe = checked(recipe)
-    corpus = find_corpus(recipe.dataset, recipe.text_column)
+    corpus = find_corpus(recipe.dataset, recipe.text_column, recipe.text_separator, store)
     tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
     dtype = layout.smallest_dtype(tokenizer.vocab_size) if recipe.dtype == "auto" else recipe.dtype
     encoder = Encoder(tokenizer, engine=engine_tokenizer, special_in_text=recipe.special_in_text, dtype=dtype)
-    resolved = msgspec.structs.replace(recipe, dtype=dtype, eos_token=tokenizer.eos_token)
+    dataset = without_secrets(recipe.dataset)
+    resolved = msgspec.structs.replace(recipe, dataset=dataset, dtype=dtype, eos_token=tokenizer.eos_token)
     return Prepared(resolved, corpus, encoder)
 
 
@@ -138,9 +157,10 @@ def plan(
     workers: int | None = None,
     engine_tokenizer: str = "auto",
     consolidated: bool = False,
+    store: StoreOptions = _NO_OPTIONS,
 ) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it; raises what it would raise before it begins."""
-    manifest, prepared = _agree(recipe, root, engine_tokenizer, consolidated=consolidated)
+    manifest, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
     _ = prepared.encoder.probe  # what a run would stop at
     done_tokens = manifest.tokens if manifest else 0
     return prepared, preflight(*prepared, root, workers=workers or available_cores(), done_tokens=done_tokens)
@@ -155,6 +175,8 @@ def pretokenize(
     engine_tokenizer: str = "auto",
     consolidated: bool = False,
     id_scheme: layout.IdScheme | None = None,
+    on_bad_rows: OnBadRows = "error",
+    store: StoreOptions = _NO_OPTIONS,
     show: Show = lambda progress: None,
     begin: Callable[[Preflight], None] = lambda plan: None,
 ) -> Summary:
@@ -168,6 +190,9 @@ def pretokenize(
         engine_tokenizer: `auto`, `gigatoken` or `hf`.
         consolidated: write `tokens.bin` and `sample_ids.bin` at once, and no shard files.
         id_scheme: of the sample ids then; None takes the recipe's (see `proof.choose_scheme`).
+        on_bad_rows: what is not JSON, or not UTF-8, is an `error`, or counted and listed in `skipped.jsonl`
+            (`skip`).
+        store: how to reach a corpus that is not local.
         show: called from the driver's thread as parts are handed to the writer.
         begin: called once with the preflight, before anything is made.
 
@@ -177,12 +202,14 @@ def pretokenize(
     started = time.monotonic()
     root = Path(root)
     storage.make_root(root)
-    workload = Workload(workers or available_cores(), span_rows)
+    workload = Workload(workers or available_cores(), span_rows, on_bad_rows)
     with storage.held(root):
-        begun, prepared = _agree(recipe, root, engine_tokenizer, consolidated=consolidated)
+        begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
         job = _Job(root, manifest, prepared, workload)
         storage.remove_partials(root)
+        if begun is None:
+            (root / layout.SKIPPED).unlink(missing_ok=True)
         if consolidated:
             return _pretokenize_consolidated(job, id_scheme, show, begin, started)
         if begun is None:
@@ -241,7 +268,7 @@ def _make(job: _Job, file: TokensFile | None, show: Show, begin: Callable[[Prefl
 
 
 def _agree(
-    recipe: Recipe, root: Path, engine_tokenizer: str, *, consolidated: bool
+    recipe: Recipe, root: Path, engine_tokenizer: str, store: StoreOptions, *, consolidated: bool
 ) -> tuple[Manifest | None, Prepared]:
     """The manifest of a data root that was begun, if it was, and what must agree with it, prepared."""
     manifest = manifests.load(root)
@@ -249,7 +276,9 @@ def _agree(
         refuse_foreign(root)
     elif not manifest.is_begun:  # nothing made yet: nothing to agree with
         manifest = None
-    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe))
+    if manifest is not None and manifest.recipe.dataset == without_secrets(recipe.dataset):
+        store = store._replace(revision=manifest.source_revision)
+    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe), store=store)
     refuse_inside(root, prepared.recipe, prepared.corpus)
     if manifest is not None:
         refuse_other(root, manifest, *prepared)
@@ -300,6 +329,8 @@ def _summary(
         rows=sum(entry.rows - entry.unused for entry in manifest.ledger),
         skipped_null=sum(entry.null for entry in manifest.ledger),
         skipped_empty=sum(entry.empty for entry in manifest.ledger),
+        skipped_bad=sum(entry.bad for entry in manifest.ledger),
+        retries=job.prepared.corpus.location.retrier.count,
         special_documents=sum(entry.special for entry in manifest.ledger),
         audited_documents=audited,
         engine=job.prepared.encoder.engine.version,
@@ -323,7 +354,8 @@ def _new_manifest(prepared: Prepared) -> Manifest:
             probe={},
         ),
         software=_software(encoder),
-        files=[FileRecord(file.path, file.nbytes) for file in corpus.files],
+        files=[FileRecord(file.path, file.nbytes, etag=file.etag) for file in corpus.files],
+        source_revision=corpus.location.revision,
     )
 
 
@@ -337,9 +369,9 @@ def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callabl
     engine = ThreadEngine(job.workload.workers)
     writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype, file)
     audited = 0
+    ranges = missing_ranges(job.manifest)
+    drivers = [_Driver(job, first, end, engine, writer=writer, show=show) for first, end in ranges]
     try:
-        ranges = missing_ranges(job.manifest)
-        drivers = [_Driver(job, first, end, engine, writer=writer, show=show) for first, end in ranges]
         if drivers:
             drivers[0].start()
         before_writing()
@@ -350,10 +382,16 @@ def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callabl
             audited += driver.audited
         writer.close()
     except BaseException:
+        job.prepared.corpus.location.close()
         engine.shutdown()
         writer.abandon()
         raise
+    finally:
+        for driver in drivers:
+            driver.close()
     engine.shutdown()
+    manifests.balance(job.root, job.manifest)
+    writer.skipped.settle(sum(entry.bad for entry in job.manifest.ledger))
     manifests.complete(job.root, job.manifest)
     return audited
 
@@ -365,6 +403,7 @@ class _Reading(NamedTuple):
     """In reading order over all files."""
     file: int
     span: Span
+    source: SpanReader
 
 
 class _Driver:
@@ -376,7 +415,7 @@ class _Driver:
         recipe, self._corpus, self._encoder = job.prepared
         self._recipe = recipe
         self._manifest = job.manifest
-        self._span_rows = job.workload.span_rows
+        self._workload = job.workload
         self._engine = engine
         self._writer = writer
         self._show = show
@@ -390,6 +429,7 @@ class _Driver:
         """Token of the stream at which the next row starts."""
         self._emitted = self._cursor.position
         """Rows emitted before it."""
+        self._work: Lookahead[tuple[_Reading, int]] | None = None
         self._in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
         self.audited = 0
 
@@ -398,8 +438,13 @@ class _Driver:
         readings = self._readings()
         self._rest, again = self._replay(readings, self._cursor)
         self._again = len(again)
-        self._work = self._plan_work(again, readings)
+        self._work = Lookahead(self._plan_work(again, readings), 2 * self._engine.workers)
         self._submit_ahead()
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._work is not None:
+            self._work.close()
 
     def run(self) -> None:
         """Go on to the end, handing parts to the writer."""
@@ -425,23 +470,23 @@ class _Driver:
         first_row = 0
         files = file_order(len(self._corpus.files), kind=self._recipe.order, seed=self._recipe.seed)
         for index in files.tolist():
-            self._source = self._reach(index)
-            for span in self._source.spans():
-                yield _Reading(first_row, index, span)
+            source = self._corpus.open(index, span_rows=self._workload.span_rows)
+            self._count_rows(index, source)
+            for span in source.spans():
+                yield _Reading(first_row, index, span, source)
                 first_row += span.rows
+            self._count_rows(index, source)
 
-    def _reach(self, index: int) -> ParquetFile:
-        """Open a file; its row count must be the one an earlier run found."""
-        file = self._corpus.open(index, span_rows=self._span_rows)
+    def _count_rows(self, index: int, source: SpanReader) -> None:
+        """A file's rows, once they are known, must be those an earlier run found."""
         record = self._manifest.files[index]
-        if record.rows not in (None, file.rows):
+        if None not in (record.rows, source.rows) and record.rows != source.rows:
             raise SourceChangedError(
-                f"{file.path}: the source changed since this data root was begun: expected {record.rows} rows, "
-                f"found {file.rows}",
+                f"{source.name}: the source changed since this data root was begun: expected {record.rows} rows, "
+                f"found {source.rows}",
                 next_step="restore the file, or start in another directory",
             )
-        record.rows = file.rows
-        return file
+        record.rows = source.rows if record.rows is None else record.rows
 
     def _replay(self, readings: Iterator[_Reading], cursor: Cursor) -> tuple[Rows, list[tuple[_Reading, int]]]:
         """Run the order, without text, up to `cursor`.
@@ -459,35 +504,35 @@ class _Driver:
             rest = rows[max(0, len(rows) - (emitted - cursor.position)) :]
             if reading is None:
                 break
+            reading.source.drop(reading.span)
             passed.append(reading)
         if not passed:
             return rest, []
         starts = np.array([reading.first_row for reading in passed], np.int64)
         held = np.concatenate([rest, self._order.held()])
         pending = np.bincount(np.searchsorted(starts, held, side="right") - 1, minlength=len(passed))
-        done = {reading.span for reading in passed if reading.file == passed[-1].file}
-        self._source.keep_only([span for span in self._source.spans() if span not in done])
         return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]]
 
     def _plan_work(
         self, again: list[tuple[_Reading, int]], readings: Iterator[_Reading]
-    ) -> Iterator[tuple[_Reading, int, ParquetFile]]:
-        """What to encode, in reading order: a span, how many of its rows will be emitted, and its file."""
+    ) -> Iterator[tuple[_Reading, int]]:
+        """What to encode, in reading order: a span, and how many of its rows will be emitted."""
         for index, group in itertools.groupby(again, key=lambda work: work[0].file):
             needed = list(group)
-            source = self._corpus.open(index, span_rows=self._span_rows)
+            source = self._corpus.open(index, span_rows=self._workload.span_rows)
             source.keep_only([reading.span for reading, _ in needed])
             for reading, pending in needed:
-                yield reading, pending, source
+                source.prefetch(reading.span)
+                yield reading._replace(source=source), pending
         for reading in readings:
-            yield reading, reading.span.rows, self._source
+            reading.source.prefetch(reading.span)
+            yield reading, reading.span.rows
 
     def _submit_ahead(self) -> None:
         """Keep a bounded number of spans with the engine."""
-        for reading, pending, source in itertools.islice(
-            self._work, 2 * self._engine.workers + 1 - len(self._in_flight)
-        ):
-            future = self._engine.submit(_encode_span, source, reading.span, self._encoder)
+        assert self._work is not None
+        for reading, pending in itertools.islice(self._work, 2 * self._engine.workers + 1 - len(self._in_flight)):
+            future = self._engine.submit(_encode_span, reading, self._encoder, self._workload.on_bad_rows)
             self._in_flight.append((reading, pending, future))
 
     def _encoded(self) -> Iterator[tuple[_Reading, int, EncodedSpan]]:
@@ -500,6 +545,7 @@ class _Driver:
 
     def _hold(self, reading: _Reading, pending: int, encoded: EncodedSpan) -> None:
         self._window.add(reading.first_row, reading.file, reading.span.first_row, encoded, pending=pending)
+        self._writer.skipped.learn(reading.file, reading.span.first_row, encoded.bad)
         self.audited += encoded.audited
 
     def _emit(self, rows: Rows) -> None:
@@ -521,10 +567,15 @@ class _Driver:
                 self._writer.append_idle(block.rows(row, len(block)))
             self._show(
                 Progress(
-                    self._writer.tokens, self._writer.documents, token // self._recipe.shard_size, self._window.nbytes
+                    self._writer.tokens,
+                    self._writer.documents,
+                    token // self._recipe.shard_size,
+                    self._window.nbytes,
+                    self._corpus.location.retrier.count,
                 )
             )
 
 
-def _encode_span(source: ParquetFile, span: Span, encoder: Encoder) -> EncodedSpan:
-    return encoder.encode(source.read(span), where=str(source.path), first_row=span.first_row)
+def _encode_span(reading: _Reading, encoder: Encoder, on_bad_rows: OnBadRows) -> EncodedSpan:
+    source, span = reading.source, reading.span
+    return encoder.encode(source.read(span), where=source.name, first_row=span.first_row, on_bad_rows=on_bad_rows)

@@ -16,7 +16,8 @@ import msgspec
 from tokenmill.encode import Encoder
 from tokenmill.errors import SourceError, StorageError
 from tokenmill.recipe import Recipe
-from tokenmill.source import SPAN_TEXT_NBYTES, Corpus, ParquetFile
+from tokenmill.source import Corpus
+from tokenmill.spans import TEXT_NBYTES, SpanReader, Texts
 
 _FOOTERS = 16
 _SAMPLES = 3
@@ -35,7 +36,7 @@ class Preflight(msgspec.Struct, frozen=True):
     source_nbytes: int
     rows: int
     rows_exact: bool
-    """Whether every footer was read; else `rows` is extrapolated."""
+    """Whether all rows were counted; else `rows` is extrapolated."""
     estimated_corpus_tokens: int
     tokens: int
     """To be written: the corpus, or `total_tokens` if that is less."""
@@ -61,15 +62,16 @@ def preflight(
     sizes = [file.nbytes for file in corpus.files]
     probed = _spread(len(sizes), _FOOTERS)
     opened = [corpus.open(index, span_rows=_SAMPLE_ROWS) for index in probed]
+    held = [file.figures() for file in opened]
     scale = sum(sizes) / max(1, sum(sizes[index] for index in probed))
-    rows = round(sum(file.rows for file in opened) * scale)
-    text_nbytes = sum(file.text_nbytes for file in opened) * scale
+    rows = round(sum(figures.rows for figures in held) * scale)
+    text_nbytes = sum(figures.text_nbytes for figures in held) * scale
     if rows == 0:
         raise SourceError(
-            f"{corpus.root}: {len(sizes)} files with no rows at all",
+            f"{corpus.location.name}: {len(sizes)} files with no rows at all",
             next_step="give the directory of a corpus that has text",
         )
-    sample = _sample(opened, encoder)
+    sample = _sample([file for file, figures in zip(opened, held, strict=True) if figures.rows], encoder)
     if text_nbytes * 4 < rows * sample.row_nbytes:  # a dictionary holds repeated texts once
         text_nbytes = rows * sample.row_nbytes
     corpus_tokens = round(text_nbytes * sample.tokens_per_nbyte)
@@ -81,7 +83,7 @@ def preflight(
         files=len(sizes),
         source_nbytes=sum(sizes),
         rows=rows,
-        rows_exact=len(probed) == len(sizes),
+        rows_exact=len(probed) == len(sizes) and all(figures.exact for figures in held),
         estimated_corpus_tokens=corpus_tokens,
         tokens=tokens,
         done_tokens=done_tokens,
@@ -90,7 +92,7 @@ def preflight(
         disk_needed_nbytes=max(0, disk),
         disk_free_nbytes=shutil.disk_usage(_existing(root)).free,
         estimated_memory_nbytes=_BASE_MEMORY_NBYTES
-        + (2 * workers + 2) * SPAN_TEXT_NBYTES * _MEMORY_PER_TEXT
+        + (2 * workers + 2) * TEXT_NBYTES * _MEMORY_PER_TEXT
         + round(_held_rows(recipe, rows, text_nbytes / rows) * corpus_tokens / rows * itemsize),
         estimated_seconds=max(0, tokens - done_tokens) / (sample.tokens_per_second * workers),
     )
@@ -117,16 +119,15 @@ class _Sample(NamedTuple):
     """Of one thread."""
 
 
-def _sample(opened: list[ParquetFile], encoder: Encoder) -> _Sample:
+def _sample(filled: list[SpanReader], encoder: Encoder) -> _Sample:
     """Encode the first rows of a few files."""
     rows = nbytes = tokens = 0
     seconds = 0.0
-    filled = [file for file in opened if file.rows]
     for index in _spread(len(filled), _SAMPLES):
         file = filled[index]
-        text = file.read(file.spans()[0])
+        text = file.sample()
         begin = time.perf_counter()
-        encoded = encoder.encode(text, where=str(file.path), first_row=0)
+        encoded = encoder.encode(Texts(text), where=file.name, first_row=0, on_bad_rows="skip")
         seconds += time.perf_counter() - begin
         rows += len(text)
         nbytes += encoded.text_nbytes
@@ -138,7 +139,7 @@ def _held_rows(recipe: Recipe, rows: int, row_nbytes: float) -> float:
     """Rows whose tokens are in memory: a span stays until its last row leaves the shuffle."""
     if recipe.order == "sequential":
         return 0
-    span_rows = max(1.0, SPAN_TEXT_NBYTES / max(1.0, row_nbytes))
+    span_rows = max(1.0, TEXT_NBYTES / max(1.0, row_nbytes))
     return min(rows, recipe.buffer_size * (1 + math.log(span_rows)))
 
 

@@ -51,6 +51,7 @@ class _Line:
         return (
             f"{count(progress.tokens)} tokens {share:4.0%}  {count(rate)}/s  {progress.documents:,} documents  "
             f"shard {progress.shard}  {left} left  {memory / 1e9:.2f} GB memory"
+            + (f"  {progress.retries:,} retries" if progress.retries else "")
         )
 
 

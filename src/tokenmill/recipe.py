@@ -31,10 +31,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     dataset: str | tuple[str, ...]
-    """A directory (searched recursively), a glob, a file, or a list of files."""
+    """Local: a directory (searched recursively), a glob, a file, or a list of files. Else
+    `hf://datasets/OWNER/NAME[@REVISION][/PATH]` or just `OWNER/NAME`, `s3://BUCKET/PREFIX`, or URLs."""
     tokenizer: str
     """A directory with `tokenizer.json`, such a file, or a hub name (`owner/name[@revision]`)."""
     text_column: str = "text"
+    """Of parquet and Arrow files the column, of JSON Lines the field that holds the documents."""
+    text_separator: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Ends each document of a plain text file; null makes every file one document."""
     order: Literal["buffer", "sequential"] = "buffer"
     """`buffer` is the pinned shuffle (see `order.py`); `sequential` keeps path and row order."""
     seed: Annotated[int, msgspec.Meta(ge=0)] = 42
@@ -56,20 +60,25 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON."""
+        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON.
+
+        `text_separator` counts only where it is set: it came later, and fingerprints stay.
+        """
         return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
 
     def difference(self, other: Recipe) -> str | None:
         """The first setting in which `other` would make other bytes, as `field: mine, theirs`."""
         mine, theirs = self._settings(), other._settings()
-        for field, value in mine.items():
-            if value != theirs[field]:
-                return f"{field} = {value!r} there, {theirs[field]!r} here"
+        for field in mine | theirs:
+            if mine.get(field) != theirs.get(field):
+                return f"{field} = {mine.get(field)!r} there, {theirs.get(field)!r} here"
         return None
 
     def _settings(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
         del fields["dataset"], fields["tokenizer"]
+        if fields["text_separator"] is None:
+            del fields["text_separator"]
         return fields
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenmill.layout import SAMPLE_IDS, TOKENS
+from tokenmill.layout import SAMPLE_IDS, SKIPPED, TOKENS
 from tokenmill.progress import count, duration
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
@@ -28,7 +28,7 @@ def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: in
     limit = "the whole corpus" if recipe.total_tokens is None else f"stops at {recipe.total_tokens:,}"
     lines = {
         "output": str(output),
-        "corpus": f"{corpus.root}: {figures.files:,} files, {figures.source_nbytes / 1e9:.3f} GB, "
+        "corpus": f"{corpus.location.name}: {figures.files:,} files, {figures.source_nbytes / 1e9:.3f} GB, "
         f"{about}{figures.rows:,} rows",
         "tokenizer": f"{encoder.tokenizer.name}: {encoder.tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} "
         f"= {encoder.tokenizer.eos_id}, engine {encoder.engine.version}",
@@ -57,11 +57,17 @@ def summary_lines(summary: Summary) -> list[str]:
         *(f"{name} was missing or damaged: made again" for name in summary.remade),
         f"{made}{summary.documents:,} documents",
         f"rows {summary.rows:,} = {summary.documents:,} documents + {summary.skipped_null:,} null + "
-        f"{summary.skipped_empty:,} empty; {summary.special_documents:,} documents hold control-token strings",
+        f"{summary.skipped_empty:,} empty{_bad(summary.skipped_bad)}; {summary.special_documents:,} documents hold "
+        "control-token strings",
+        *([f"requests that failed and were tried again: {summary.retries:,}"] if summary.retries else []),
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal",
         *proof,
     ]
+
+
+def _bad(count: int) -> str:
+    return f" + {count:,} bad (listed in {SKIPPED})" if count else ""
 
 
 def _shards(count: int) -> str:

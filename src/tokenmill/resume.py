@@ -36,12 +36,13 @@ def refuse_foreign(root: Path) -> None:
 def refuse_inside(root: Path, recipe: Recipe, corpus: Corpus) -> None:
     """The data root must not lie where the corpus is searched: its sidecars are parquet files too."""
     datasets = (recipe.dataset,) if isinstance(recipe.dataset, str) else recipe.dataset
-    searched = [Path(dataset).resolve() for dataset in datasets if Path(dataset).is_dir()]
-    folders = {(corpus.root / file.path).parent for file in corpus.files}  # few, however many files
+    opened = (corpus.location.open(file) for file in corpus.files)
+    folders = {path.parent for path in opened if isinstance(path, Path)}  # few, however many files
+    searched = [Path(dataset).resolve() for dataset in datasets if Path(dataset).is_dir()] if folders else []
     ours = root.resolve()
     if ours in map(Path.resolve, folders) or any(ours.is_relative_to(folder) for folder in searched):
         raise DataRootError(
-            f"{root}: lies inside the corpus ({corpus.root}): its files would become part of it",
+            f"{root}: lies inside the corpus ({corpus.location.name}): its files would become part of it",
             next_step="choose a directory outside the corpus",
         )
 
@@ -79,14 +80,17 @@ def agree_on_probe(root: Path, manifest: Manifest, encoder: Encoder) -> None:
 
 
 def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
-    sizes = {file.path: file.nbytes for file in corpus.files}
-    recorded = {file.path: file.nbytes for file in manifest.files}
-    for path in sorted(sizes.keys() | recorded.keys()):
-        expected, found = recorded.get(path), sizes.get(path)
-        if expected != found:
-            described = [f"{nbytes} bytes" if nbytes is not None else "no such file" for nbytes in (expected, found)]
+    present = {file.path: file for file in corpus.files}
+    recorded = {file.path: file for file in manifest.files}
+    for path in sorted(present.keys() | recorded.keys()):
+        pair = recorded.get(path), present.get(path)
+        described = [f"{file.nbytes} bytes" if file is not None else "no such file" for file in pair]
+        etags = [file.etag for file in pair if file is not None and file.etag is not None]
+        if described[0] == described[1] and len(set(etags)) == 2:
+            described = [f"ETag {etag}" for etag in etags]
+        if described[0] != described[1]:
             raise SourceChangedError(
-                f"{corpus.root / path}: the source changed since this data root was begun: "
+                f"{corpus.name_of(path)}: the source changed since this data root was begun: "
                 f"expected {described[0]}, found {described[1]}",
                 next_step="restore the file, or start in another directory",
             )

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokenmill import layout
-from tokenmill.encode import EMPTY, NULL, SPECIAL
+from tokenmill.encode import BAD, EMPTY, NULL, SPECIAL
 from tokenmill.errors import SourceChangedError, StorageError
 from tokenmill.manifest import Count, Cursor, ShardRecord
 from tokenmill.pack import Block, Part
@@ -252,6 +252,7 @@ def tally(rows: Block) -> list[Count]:
     null = np.bincount(file, rows.flags & NULL > 0, len(files)).astype(int)
     empty = np.bincount(file, rows.flags & EMPTY > 0, len(files)).astype(int)
     special = np.bincount(file, rows.flags & SPECIAL > 0, len(files)).astype(int)
+    bad = np.bincount(file, rows.flags & BAD > 0, len(files)).astype(int)
     every = np.bincount(file, minlength=len(files))
-    documents = every - null - empty
-    return [Count(int(f), int(documents[i]), int(null[i]), int(empty[i]), int(special[i])) for i, f in enumerate(files)]
+    counts = np.stack([files, every - null - empty - bad, null, empty, special, bad], axis=1)
+    return [Count(*row) for row in counts.tolist()]

@@ -15,6 +15,7 @@ from tokenmill import layout
 from tokenmill.engine import available_cores
 from tokenmill.errors import DataRootError
 from tokenmill.findings import Checked, Finding, Inquiry, Show
+from tokenmill.options import StoreOptions
 from tokenmill.verify_deep import verify_deep
 from tokenmill.verify_documents import DocumentChecks
 from tokenmill.verify_records import RecordChecks
@@ -43,6 +44,7 @@ def verify(
     deep: int | None = None,
     dataset: Sequence[str] | None = None,
     tokenizer: str | None = None,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     workers: int | None = None,
     show: Show = lambda done, total: None,
 ) -> Verification:
@@ -54,6 +56,7 @@ def verify(
         deep: also encode so many documents of the source again, and rebuild one shard from it.
         dataset: where the corpus is now, for `deep`; None: where the recipe says.
         tokenizer: where the tokenizer is now, likewise.
+        store: how to reach a corpus that is not local.
         workers: threads; None takes every core.
         show: called with bytes read and bytes to read.
 
@@ -68,7 +71,7 @@ def verify(
         TokenChecks(job).check()
         DocumentChecks(job).check()
     if deep and job.manifest is not None:
-        verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer)
+        verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer, store=store)
     elif deep:
         raise DataRootError(
             f"{root}: expected {layout.MANIFEST}, found none: its source is not known",

@@ -7,9 +7,12 @@ recipe's? Some documents are encoded again, and one whole shard is rebuilt.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +24,24 @@ from tokenmill.encode_hf import HFEngine
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.findings import Inquiry, shard_header
 from tokenmill.load import DataRoot, Document
+from tokenmill.locations import format_of
+from tokenmill.options import StoreOptions
 from tokenmill.order import file_order, row_order
+from tokenmill.ranges import RemoteFile
 from tokenmill.source import Corpus, find_corpus
+from tokenmill.spans import first_line
 from tokenmill.tokenizer import TokenizerFile, load_tokenizer
 
 _ORDER_ROWS = 1 << 20
 
 
 def verify_deep(
-    job: Inquiry, documents: int, *, dataset: Sequence[str] | None = None, tokenizer: str | None = None
+    job: Inquiry,
+    documents: int,
+    *,
+    dataset: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Add findings to `job`.
 
@@ -37,7 +49,7 @@ def verify_deep(
         SourceError: the corpus is not where the recipe, or `dataset`, says.
         TokenizerError: likewise the tokenizer, or it is another one.
     """
-    deep = _Deep(job, dataset, tokenizer)
+    deep = _Deep(job, dataset, tokenizer, store)
     job.group("source files: there, sizes", deep.check_files)
     job.group("the probe: ids as recorded", deep.check_probe)
     if job.findings:
@@ -50,7 +62,7 @@ def verify_deep(
 
 
 class _Deep:
-    def __init__(self, job: Inquiry, dataset: Sequence[str] | None, tokenizer: str | None) -> None:
+    def __init__(self, job: Inquiry, dataset: Sequence[str] | None, tokenizer: str | None, store: StoreOptions) -> None:
         assert job.manifest is not None
         self.job = job
         self.manifest = job.manifest
@@ -58,7 +70,9 @@ class _Deep:
         datasets = dataset if dataset is not None else recipe.dataset
         if not isinstance(datasets, str) and len(datasets) == 1:
             datasets = datasets[0]
-        self.corpus: Corpus = find_corpus(datasets, recipe.text_column)
+        if dataset is None:
+            store = store._replace(revision=self.manifest.source_revision)
+        self.corpus: Corpus = find_corpus(datasets, recipe.text_column, recipe.text_separator, store)
         self.tokenizer = self._load_tokenizer(tokenizer)
         self.engine = HFEngine(self.tokenizer, special_in_text=recipe.special_in_text)
         self.root = DataRoot(job.root, self.manifest, job.record)
@@ -79,7 +93,7 @@ class _Deep:
         found = {file.path: file.nbytes for file in self.corpus.files}
         for file in self.manifest.files:
             self.job.same(
-                str(self.corpus.root / file.path),
+                self.corpus.name_of(file.path),
                 "the file",
                 "size in bytes",
                 expected=file.nbytes,
@@ -150,26 +164,23 @@ class _Deep:
                     yield rows[row], self._encode([text or ""])[0]
 
     def _texts(self, source: str, rows: Sequence[int]) -> Iterator[tuple[int, str | None]]:
-        """The text of ascending rows of a source file."""
-        path, column = self.corpus.root / source, self.corpus.text_column
-        wanted = np.array(rows, np.int64)
-        first = 0
+        """The text of ascending rows of a source file, read in the plainest way there is."""
+        file = next((file for file in self.corpus.files if file.path == source), None)
+        name = self.corpus.name_of(source)
+        if file is None:
+            raise SourceError(f"{name}: the file is gone", next_step="restore the file")
+        wanted = set(rows)
+        last = rows[-1]
+        opened = self.corpus.location.open(file)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for group in range(file.num_row_groups):
-                    end = first + file.metadata.row_group(group).num_rows
-                    if np.any((wanted >= first) & (wanted < end)):
-                        at = first
-                        for batch in file.iter_batches(8192, row_groups=[group], columns=[column]):
-                            for row in wanted[(wanted >= at) & (wanted < at + len(batch))].tolist():
-                                value = batch.column(0)[row - at].as_py()
-                                yield row, value.decode() if isinstance(value, bytes) else value
-                            at += len(batch)
-                    first = end
+            with pa.PythonFile(opened, "r") if isinstance(opened, RemoteFile) else pa.OSFile(str(opened)) as data:
+                for row, value in enumerate(_values(data, source, self.corpus, wanted)):
+                    if row in wanted:
+                        yield row, value
+                    if row >= last:
+                        return
         except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-            raise SourceError(
-                f"{path}: cannot be read: {str(error).splitlines()[0]}", next_step="restore the file"
-            ) from None
+            raise SourceError(f"{name}: cannot be read: {first_line(error)}", next_step="restore the file") from None
 
     def rebuild(self, shard: int) -> None:
         """Make a shard again from the source: the order by itself, then the text of its rows."""
@@ -245,3 +256,57 @@ class _Deep:
                 self.job.require(
                     not text, source, f"row {row}", "became no document", expected="no text", found=f"{text!r:.60}"
                 )
+
+
+def _values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) -> Iterator[str | None]:
+    """All rows of a file, bad ones as null; what nobody wants may be null as well."""
+    kind, column = format_of(path), corpus.text_column
+    if kind == "parquet":
+        with pq.ParquetFile(data, page_checksum_verification=True) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if wanted.isdisjoint(range(first, first + rows)):
+                    yield from itertools.repeat(None, rows)
+                else:
+                    for batch in file.iter_batches(8192, row_groups=[group], columns=[column]):
+                        yield from _texts_of(batch.column(0))
+                first += rows
+        return
+    if kind == "arrow":
+        is_file = data.read(6) == b"ARROW1"
+        data.seek(0)
+        table = (pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)).read_all()
+        for chunk in table.column(column).chunks:
+            yield from _texts_of(chunk)
+        return
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    content = (pa.CompressedInputStream(data, packed) if packed else data).read().removeprefix(b"\xef\xbb\xbf")
+    separator = "\n" if kind == "jsonl" else corpus.text_separator
+    rows_found = [content] if separator is None else content.split(separator.encode())
+    if separator is not None and not rows_found[-1]:
+        rows_found.pop()
+    for row in rows_found:
+        yield _json_text(row, column) if kind == "jsonl" else _decoded(row)
+
+
+def _texts_of(column: pa.Array) -> Iterator[str | None]:
+    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    for value in values.cast(pa.large_binary()).to_pylist():
+        yield None if value is None else _decoded(value)
+
+
+def _decoded(data: bytes) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _json_text(line: bytes, field: str) -> str | None:
+    try:
+        value = json.loads(line)
+        text = value.get(field) if isinstance(value, dict) else None
+    except ValueError:
+        return None
+    return text if isinstance(text, str) else None

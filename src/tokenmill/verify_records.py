@@ -80,6 +80,8 @@ class RecordChecks(Checks):
     def _fingerprint(self) -> str:
         recipe = json.loads((self.root / layout.MANIFEST).read_bytes())["recipe"]
         fields = {field: value for field, value in recipe.items() if field not in ("dataset", "tokenizer")}
+        if fields.get("text_separator") is None:
+            fields.pop("text_separator", None)
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -92,7 +94,7 @@ class RecordChecks(Checks):
             expected=[file.path for file in manifest.files],
             found=[entry.path for entry in manifest.ledger],
         )
-        counts = np.zeros((len(manifest.files), 4), np.int64)
+        counts = np.zeros((len(manifest.files), 5), np.int64)
         for count in [*(count for shard in manifest.shards for count in shard.ledger), *manifest.tail]:
             if self.job.require(
                 0 <= count.file < len(manifest.files),
@@ -102,15 +104,16 @@ class RecordChecks(Checks):
                 expected=f"0 to {len(manifest.files) - 1}",
                 found=count.file,
             ):
-                counts[count.file] += (count.documents, count.null, count.empty, count.special)
+                counts[count.file] += (count.documents, count.null, count.empty, count.special, count.bad)
         ended = manifest.tokens == manifest.recipe.total_tokens
         for entry, file, found in zip(manifest.ledger, manifest.files, counts.tolist(), strict=False):
             at = f"ledger[{entry.path}]"
-            sums = (entry.documents, entry.null, entry.empty, entry.special)
-            same(name, at, "documents, null, empty, special of all shards", expected=tuple(found), found=sums)
-            same(name, at, "rows of the file", expected=file.rows or 0, found=entry.rows)
-            rows = entry.documents + entry.null + entry.empty + entry.unused
-            same(name, at, "rows = documents + null + empty + unused", expected=entry.rows, found=rows)
+            sums = (entry.documents, entry.null, entry.empty, entry.special, entry.bad)
+            same(name, at, "documents, null, empty, special, bad of all shards", expected=tuple(found), found=sums)
+            if file.rows is not None or not ended:  # a file that the stream ends in need not have been counted
+                same(name, at, "rows of the file", expected=file.rows or 0, found=entry.rows)
+            rows = entry.documents + entry.null + entry.empty + entry.bad + entry.unused
+            same(name, at, "rows = documents + null + empty + bad + unused", expected=entry.rows, found=rows)
             self.job.require(
                 entry.unused == 0 or (ended and entry.unused > 0),
                 name,

@@ -23,6 +23,7 @@ from tokenmill.errors import StorageError
 from tokenmill.manifest import Count, Cursor, Manifest
 from tokenmill.pack import Block, Part
 from tokenmill.shard import Place, ShardFile, ShardStretch, ShardWriter, tally
+from tokenmill.skipped import SkippedRows
 from tokenmill.tokens_file import TokensFile
 
 log = logging.getLogger("tokenmill")
@@ -81,7 +82,9 @@ class Writer:
         self._tokens_file = tokens_file
         self._manifest = manifest
         self._dtype = dtype
-        self._paths = pa.array([file.path for file in manifest.files], pa.string())
+        paths = [file.path for file in manifest.files]
+        self._paths = pa.array(paths, pa.string())
+        self.skipped = SkippedRows(root, paths)
         self._writing = _Lane("write", waiting=_WAITING_PARTS)
         self._publishing = _Lane("publish", waiting=1)
         self._shard: ShardWriter | None = None
@@ -137,6 +140,7 @@ class Writer:
         if self._shard is None:
             self._shard = self._open(part.shard)
         self._shard.append(block, part, position)
+        self.skipped.note(block.rows(part.first_start, part.end))
         if self._shard.is_full:
             self._finish(self._shard, next_cursor)
 
@@ -156,6 +160,7 @@ class Writer:
 
     def _append_idle(self, rows: Block) -> None:
         counts = tally(rows)
+        self.skipped.note(rows)
         if self._shard is None:
             self._idle.extend(counts)
         else:
@@ -173,6 +178,7 @@ class Writer:
     def _publish(self, shard: ShardWriter, next_cursor: Cursor) -> None:
         record = shard.finish(next_cursor, self._manifest.expected(shard.index))
         self._unfinished.remove(shard)
+        self.skipped.flush()
         self._manifest.add(record)
         self._published = True
         if time.monotonic() >= self._save_due:

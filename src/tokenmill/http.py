@@ -1,0 +1,213 @@
+"""HTTP: bytes of a URL by range, and back; the one module that imports `requests`.
+
+One try each: what may be gone at the next is a `TransientError`, so that whoever calls decides on
+retries. Nothing received is believed before its length is what was asked for.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import time
+import urllib.parse
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from tokenmill.retry import AnswerError, ChangedError, TransientError
+
+CONNECTIONS = 16
+
+CONNECT_SECONDS = 10.0
+STALL_SECONDS = 30.0
+"""Without a single byte."""
+SLOWEST_NBYTES_PER_SECOND = 1 << 16
+"""A connection that is slower for long is given up for a new one."""
+
+_CHUNK_NBYTES = 1 << 20
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class Head(NamedTuple):
+    """What a server says of a file."""
+
+    nbytes: int
+    etag: str | None
+    """As sent, quotes included."""
+    url: str
+    """Where redirects led."""
+
+
+class HttpClient:
+    """Connections that are kept and shared by threads; proxies come from the environment."""
+
+    def __init__(self) -> None:
+        self._session = requests.Session()
+        self._session.auth = _no_auth
+        self._session.headers["Accept-Encoding"] = "identity"
+        adapter = HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS)
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, adapter)
+
+    def head(self, url: str, headers: Mapping[str, str] | None = None) -> Head:
+        """Size and identity of a file.
+
+        Raises:
+            TransientError, AnswerError: the file was not described.
+        """
+        # A range of one byte: servers that answer HEAD wrongly, or not at all, are many.
+        response = self._send("GET", url, {"Range": "bytes=0-0", **(headers or {})})
+        try:
+            if response.status_code == 416:  # there is no first byte
+                return Head(0, response.headers.get("ETag"), response.url)
+            self._refuse(response)
+            nbytes = _total(response)
+            if nbytes is None:
+                raise AnswerError(response.status_code, "neither Content-Range nor Content-Length says how large it is")
+            return Head(nbytes, response.headers.get("ETag"), response.url)
+        finally:
+            response.close()
+
+    def read(
+        self,
+        url: str,
+        offset: int,
+        nbytes: int,
+        *,
+        total: int,
+        etag: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[bytearray, str]:
+        """Bytes `offset` to `offset + nbytes` of a file of `total`, and the URL that redirects led to.
+
+        Raises:
+            TransientError: a fault on the way, or a body of another length.
+            AnswerError: refused.
+            ChangedError: another size, or another ETag than `etag`.
+        """
+        if nbytes == 0:
+            return bytearray(), url
+        asked = {"Range": f"bytes={offset}-{offset + nbytes - 1}", **(headers or {})}
+        if etag is not None:
+            asked["If-Match"] = etag
+        response = self._send("GET", url, asked)
+        try:
+            if response.status_code in (412, 416):
+                raise ChangedError(f"HTTP {response.status_code}: it is another file now")
+            self._refuse(response)
+            if response.status_code != 206 and (offset, nbytes) != (0, total):
+                raise AnswerError(response.status_code, "the server does not serve ranges of a file")
+            found = _total(response)
+            if response.status_code == 206 and found not in (None, total):
+                raise ChangedError(f"expected {total} bytes, found {found}")
+            seen = response.headers.get("ETag")
+            if etag is not None and seen is not None and seen.removeprefix("W/") != etag.removeprefix("W/"):
+                raise ChangedError(f"expected ETag {etag}, found {seen}")
+            return _body(response, nbytes), response.url
+        finally:
+            response.close()
+
+    def put(self, url: str, data: bytes, headers: Mapping[str, str] | None = None) -> str:
+        """Send `data`; the ETag of the answer.
+
+        Raises:
+            TransientError, AnswerError: as `read`.
+        """
+        response = self._send("PUT", url, headers or {}, data)
+        try:
+            self._refuse(response)
+            return response.headers.get("ETag", "")
+        finally:
+            _drain(response)
+            response.close()
+
+    def _send(self, method: str, url: str, headers: Mapping[str, str], data: bytes | None = None) -> requests.Response:
+        try:
+            return self._session.request(
+                method,
+                url,
+                data=data,
+                headers=dict(headers),
+                stream=True,
+                timeout=(CONNECT_SECONDS, STALL_SECONDS),
+            )
+        except requests.exceptions.SSLError as error:
+            raise AnswerError(0, f"no trusted connection to {_host(url)}: {_reason(error)}") from None
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise TransientError(f"{_host(url)}: {_reason(error)}") from None
+        except requests.RequestException as error:
+            raise AnswerError(0, f"{_host(url)}: {_reason(error)}") from None
+
+    @staticmethod
+    def _refuse(response: requests.Response) -> None:
+        if response.status_code in _TRANSIENT_STATUS:
+            reason = f"{_host(response.url)}: HTTP {response.status_code} {response.reason}"
+            raise TransientError(reason, _retry_after(response))
+        if response.status_code not in (200, 206):
+            raise AnswerError(response.status_code, response.reason)
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Leave requests as they are: a .netrc must not add a second signature to a signed URL."""
+    return request
+
+
+def _body(response: requests.Response, nbytes: int) -> bytearray:
+    """Exactly `nbytes`, in bounded time."""
+    body = bytearray()
+    began = time.monotonic()
+    limit = STALL_SECONDS + nbytes / SLOWEST_NBYTES_PER_SECOND
+    host = _host(response.url)
+    try:
+        while chunk := response.raw.read1(_CHUNK_NBYTES):
+            body += chunk
+            if time.monotonic() - began > limit or len(body) > nbytes:
+                break
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise TransientError(f"{host}: after {len(body)} of {nbytes} bytes: {_reason(error)}") from None
+    if len(body) != nbytes:
+        seconds = time.monotonic() - began
+        raise TransientError(f"{host}: expected {nbytes} bytes, found {len(body)} in {seconds:.0f} s")
+    return body
+
+
+def _drain(response: requests.Response) -> None:
+    """Read a short answer to its end, so that the connection can be used again."""
+    try:
+        response.raw.read(1 << 16)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise TransientError(f"{_host(response.url)}: {_reason(error)}") from None
+
+
+def _total(response: requests.Response) -> int | None:
+    """Size of the whole file, by the headers of a part of it."""
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if not total and response.status_code == 200:
+        total = response.headers.get("Content-Length", "")
+    return int(total) if total.isdecimal() else None
+
+
+def _retry_after(response: requests.Response) -> float:
+    """Seconds; the header holds them or a date (RFC 9110, 10.2.3)."""
+    value = response.headers.get("Retry-After", "")
+    if value.isdecimal():
+        return float(value)
+    date = email.utils.parsedate_tz(value)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def _host(url: str) -> str:
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: outer ones repeat the URL, which may hold a signature."""
+    while True:
+        inner = next((part for part in (*error.args, error.__cause__) if isinstance(part, BaseException)), None)
+        inner = inner or getattr(error, "reason", None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return type(error).__name__

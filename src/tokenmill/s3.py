@@ -1,0 +1,214 @@
+"""S3: objects of a bucket; the one module that imports `botocore` (extra `s3`).
+
+`botocore` knows where credentials come from (environment, profiles, SSO, instance roles), signs, and
+speaks multipart uploads in full: parts of an interrupted one can be listed, kept or aborted. The bytes
+themselves travel by `http.py` over signed URLs, so that one place decides what is a whole answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from tokenmill.errors import StorageError
+from tokenmill.http import CONNECT_SECONDS, CONNECTIONS, STALL_SECONDS, HttpClient
+from tokenmill.retry import AnswerError, TransientError
+
+T = TypeVar("T")
+
+_SIGNED_SECONDS = 3600
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
+
+
+class S3Object(NamedTuple):
+    """An object of a bucket."""
+
+    key: str
+    nbytes: int
+    etag: str
+    """As listed, quotes included."""
+
+
+class UploadedPart(NamedTuple):
+    """A part of a multipart upload."""
+
+    number: int
+    """From 1."""
+    nbytes: int
+    etag: str
+
+
+class Bucket:
+    """A bucket and the credentials to use it; threads share one.
+
+    Every method is one try and raises:
+        TransientError: it may succeed at the next.
+        AnswerError: refused.
+        StorageError: no usable credentials, or the extra is not installed.
+    """
+
+    def __init__(self, name: str, http: HttpClient, *, endpoint_url: str | None = None, anonymous: bool = False):
+        self.name = name
+        self._http = http
+        self._client = _client(endpoint_url, anonymous)
+
+    def objects(self, prefix: str) -> Iterator[S3Object]:
+        """Objects whose key begins with `prefix`, by key."""
+        token: dict[str, str] = {}
+        while True:
+            page = self._ask(self._client.list_objects_v2, Bucket=self.name, Prefix=prefix, **token)
+            for entry in page.get("Contents", ()):
+                yield S3Object(entry["Key"], entry["Size"], entry["ETag"])
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def head(self, key: str) -> S3Object | None:
+        """An object; None if there is none of that key."""
+        try:
+            found = self._ask(self._client.head_object, Bucket=self.name, Key=key)
+        except AnswerError as error:
+            if error.status == 404:
+                return None
+            raise
+        return S3Object(key, found["ContentLength"], found["ETag"])
+
+    def first_part_nbytes(self, key: str) -> int | None:
+        """Size of the parts an object was uploaded in; None where the store does not say."""
+        try:
+            found = self._ask(self._client.head_object, Bucket=self.name, Key=key, PartNumber=1)
+        except AnswerError:
+            return None
+        return int(found["ContentLength"]) if found.get("PartsCount", 0) > 1 else None
+
+    def read(self, found: S3Object, offset: int, nbytes: int) -> bytearray:
+        """Bytes of an object that is still the one found; raises ChangedError if not."""
+        url = self._sign("get_object", Key=found.key)
+        return self._http.read(url, offset, nbytes, total=found.nbytes, etag=found.etag)[0]
+
+    def put(self, key: str, data: bytes) -> str:
+        """Store a whole object; its ETag."""
+        return self._http.put(self._sign("put_object", Key=key), data)
+
+    def delete(self, key: str) -> None:
+        self._ask(self._client.delete_object, Bucket=self.name, Key=key)
+
+    def begin_upload(self, key: str) -> str:
+        """Begin a multipart upload; its id."""
+        return str(self._ask(self._client.create_multipart_upload, Bucket=self.name, Key=key)["UploadId"])
+
+    def uploads(self, key: str) -> list[str]:
+        """Ids of the multipart uploads of `key` that were begun and not ended, oldest first."""
+        page = self._ask(self._client.list_multipart_uploads, Bucket=self.name, Prefix=key)
+        found = [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
+        return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"])]
+
+    def parts(self, key: str, upload: str) -> list[UploadedPart]:
+        """What an upload holds so far, by number."""
+        found: list[UploadedPart] = []
+        marker = 0
+        while True:
+            page = self._ask(
+                self._client.list_parts, Bucket=self.name, Key=key, UploadId=upload, PartNumberMarker=marker
+            )
+            found += [
+                UploadedPart(entry["PartNumber"], entry["Size"], entry["ETag"]) for entry in page.get("Parts", ())
+            ]
+            if not page.get("IsTruncated") or not found:
+                return found
+            marker = found[-1].number
+
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
+        """Send a part; its ETag."""
+        return self._http.put(self._sign("upload_part", Key=key, UploadId=upload, PartNumber=number), data)
+
+    def complete_upload(self, key: str, upload: str, parts: list[UploadedPart]) -> str:
+        """Make the parts an object; its ETag."""
+        listed = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
+        answer = self._ask(
+            self._client.complete_multipart_upload,
+            Bucket=self.name,
+            Key=key,
+            UploadId=upload,
+            MultipartUpload={"Parts": listed},
+        )
+        return str(answer.get("ETag", ""))
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        self._ask(self._client.abort_multipart_upload, Bucket=self.name, Key=key, UploadId=upload)
+
+    def _sign(self, operation: str, **parameters: object) -> str:
+        return self._tried(
+            lambda: str(
+                self._client.generate_presigned_url(
+                    operation, Params={"Bucket": self.name, **parameters}, ExpiresIn=_SIGNED_SECONDS
+                )
+            )
+        )
+
+    def _ask(self, operation: Callable[..., Any], **parameters: object) -> Any:
+        return self._tried(lambda: operation(**parameters))
+
+    def _tried(self, task: Callable[[], T]) -> T:
+        """Run a call of `botocore`, its errors as ours."""
+        from botocore import exceptions, parsers
+
+        try:
+            return task()
+        except exceptions.ClientError as error:
+            metadata = error.response.get("ResponseMetadata", {})
+            status, code = int(metadata.get("HTTPStatusCode", 0)), str(error.response.get("Error", {}).get("Code", ""))
+            if status in (408, 429) or status >= 500 or code in _TRANSIENT_CODES:
+                after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+                raise TransientError(f"HTTP {status} {code}", float(after) if after.isdecimal() else 0.0) from None
+            raise AnswerError(status, code) from None
+        except (exceptions.HTTPClientError, exceptions.ConnectionError, parsers.ResponseParserError) as error:
+            raise TransientError(type(error).__name__) from None
+        except exceptions.BotoCoreError as error:
+            raise StorageError(
+                f"s3://{self.name}: {next(iter(str(error).splitlines()), type(error).__name__)}",
+                next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; a public bucket is "
+                "read with --anonymous",
+            ) from None
+
+
+def _client(endpoint_url: str | None, anonymous: bool) -> Any:  # botocore makes its methods as it runs
+    try:
+        import botocore.session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        raise StorageError(
+            "s3:// needs the extra s3, which is not installed", next_step="run: pip install 'tokenmill[s3]'"
+        ) from None
+    config = Config(
+        signature_version=UNSIGNED if anonymous else "s3v4",
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=STALL_SECONDS,
+        max_pool_connections=CONNECTIONS,
+        retries={"total_max_attempts": 1},
+        request_checksum_calculation="when_required",  # stores other than AWS refuse the newer ones
+        response_checksum_validation="when_required",
+    )
+    try:
+        session = botocore.session.get_session()
+        region = session.get_config_variable("region") or "us-east-1"
+        return session.create_client("s3", region_name=region, endpoint_url=endpoint_url, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise StorageError(
+            f"s3: {next(iter(str(error).splitlines()), '')}",
+            next_step="check --endpoint-url (for example https://s3.example.org), AWS_PROFILE and AWS_REGION",
+        ) from None
+
+
+def md5_etag(data: bytes | bytearray | memoryview) -> str:
+    """The ETag of an object stored whole, or of a part, where the store makes it of the bytes (most do)."""
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+
+
+def parts_etag(etags: list[str]) -> str:
+    """The ETag of an object made of parts with these."""
+    digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
+    return f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(etags)}"'

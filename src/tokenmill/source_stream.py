@@ -1,0 +1,260 @@
+"""Source, streamed: JSON Lines, plain text, Arrow and Feather, whose rows are counted as they are read.
+
+One thread at a time goes through a file front to back (decompressing it, finding row ends) and cuts it
+into spans; parsing a span is left to whoever reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import pyarrow as pa
+
+from tokenmill.errors import SourceError
+from tokenmill.locations import MEND
+from tokenmill.spans import (
+    MAX_ROWS,
+    TEXT_NBYTES,
+    Figures,
+    Opener,
+    Span,
+    Texts,
+    check_text_column,
+    first_line,
+    gone,
+    native,
+)
+
+_READ_NBYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+C = TypeVar("C")
+
+
+class StreamedFile(ABC, Generic[C]):
+    """What the formats share (a `spans.SpanReader`): `C` is what a span is until it is parsed."""
+
+    def __init__(self, name: str, opener: Opener, nbytes: int, span_rows: int | None) -> None:
+        self.name = name
+        self.rows: int | None = None
+        self._opener = opener
+        self._nbytes = nbytes
+        self._span_rows = min(span_rows or MAX_ROWS, MAX_ROWS)
+        self._pieces = self._read_through()
+        self._found: dict[Span, C] = {}
+        self._wanted: frozenset[Span] | None = None
+        self._next_row = 0
+        self._next_unit = 0
+        self._sample: pa.Array | None = None
+        self._advancing = threading.Lock()
+        self._lock = threading.Lock()
+
+    def spans(self) -> Iterator[Span]:
+        """All rows that were not passed yet, cut into spans as they are found."""
+        while (span := self._advance()) is not None:
+            yield span
+
+    def prefetch(self, span: Span) -> None:
+        """Nothing: a span that was found was read."""
+
+    def read(self, span: Span) -> Texts:
+        """The text of a span; goes on through the file up to it if need be."""
+        while True:
+            with self._lock:
+                if span in self._found:
+                    piece = self._found.pop(span)
+                    break
+            if self._next_row > span.first_row or self._advance() is None:
+                raise SourceError(
+                    f"{self.name}: the source changed: rows {span.first_row} and after are no longer where they were",
+                    next_step="restore the file, or start in another directory",
+                )
+        return self._parse(piece, span)
+
+    def keep_only(self, spans: Collection[Span]) -> None:
+        """Say which spans will be read, so that none is kept for nobody."""
+        self._wanted = frozenset(spans)
+
+    def drop(self, span: Span) -> None:
+        """Say that a span that was found will not be read."""
+        with self._lock:
+            self._found.pop(span, None)
+
+    def figures(self) -> Figures:
+        """From what is read at first, by its share of the file; the reader is of no other use then."""
+        first = span = self._advance()
+        if first is None:
+            return Figures(0, 0, exact=True)
+        self._sample = self.read(first).array
+        read, rows = self._passed(), 0
+        while span is not None and self._passed() == read:
+            rows += span.rows
+            self.drop(span)
+            span = self._advance()
+        scale = 1.0 if span is None else self._nbytes / max(1, read)
+        text_nbytes = self._sample.nbytes / first.rows * rows
+        return Figures(round(rows * scale), round(text_nbytes * scale), exact=span is None)
+
+    def sample(self) -> pa.Array:
+        """The first rows, after `figures`."""
+        assert self._sample is not None
+        return self._sample
+
+    def _advance(self) -> Span | None:
+        """Find the next span; None at the end of the file."""
+        with self._advancing:
+            try:
+                rows, piece = next(self._pieces)
+            except StopIteration:
+                self.rows = self._next_row
+                return None
+            except FileNotFoundError:
+                raise gone(self.name) from None
+            except (pa.ArrowException, OSError) as error:
+                after = f"after row {self._next_row}" if self._next_row else "at its beginning"
+                raise SourceError(f"{self.name}: cannot be read {after}: {first_line(error)}", next_step=MEND) from None
+            span = Span(self._next_row, rows, self._next_unit)
+            if self._wanted is None or span in self._wanted:
+                with self._lock:
+                    self._found[span] = piece
+            self._next_row += rows
+            self._next_unit += 1
+            return span
+
+    @abstractmethod
+    def _read_through(self) -> Any:
+        """A generator of rows and what they are in, in row order."""
+
+    @abstractmethod
+    def _parse(self, piece: C, span: Span) -> Texts: ...
+
+    @abstractmethod
+    def _passed(self) -> int:
+        """Bytes of the file that were read so far."""
+
+
+class _Delimited(StreamedFile[list[bytes]]):
+    """Rows that end with a delimiter; what follows the last one is a row unless it is empty."""
+
+    delimiter: bytes | None
+    """None: the file is one row."""
+
+    def _read_through(self) -> Iterator[tuple[int, list[bytes]]]:
+        whole = [(0, self._nbytes)]
+        compression = next((kind for end, kind in _COMPRESSIONS.items() if self.name.lower().endswith(end)), None)
+        with pa.input_stream(native(self._opener(whole)), compression=None) as self._raw:
+            stream = pa.CompressedInputStream(self._raw, compression) if compression and self._nbytes else self._raw
+            kept = b""
+            first = True
+            while data := stream.read(_READ_NBYTES if self.delimiter is not None else None):
+                if first:
+                    data = data.removeprefix(_BYTE_ORDER_MARK)
+                    first = False
+                fresh = max(0, len(kept) - len(self.delimiter or b""))
+                kept += data
+                if self.delimiter is None or len(kept) < TEXT_NBYTES:
+                    continue
+                if kept.find(self.delimiter, fresh) >= 0:  # else a row that is larger than a span
+                    rows = kept.split(self.delimiter)
+                    kept = rows.pop()
+                    yield from self._cut(rows)
+            rows = [kept] if self.delimiter is None else kept.split(self.delimiter)
+            if not rows[-1] and self.delimiter is not None:
+                rows.pop()
+            yield from self._cut(rows)
+
+    def _cut(self, rows: list[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+        for at in range(0, len(rows), self._span_rows):
+            piece = rows[at : at + self._span_rows]
+            yield len(piece), piece
+
+    def _passed(self) -> int:
+        return int(self._raw.tell())
+
+
+class JsonLinesFile(_Delimited):
+    """One JSON object a line, the text in one of its fields; a line is a row, an empty one has no text.
+
+    A field that is missing or null is a row without text. What is no JSON object, or has no string in
+    that field, is bad.
+    """
+
+    delimiter = b"\n"
+
+    def __init__(self, name: str, opener: Opener, nbytes: int, text_column: str, span_rows: int | None = None) -> None:
+        line = msgspec.defstruct("Line", [("text", str | None, None)], rename={"text": text_column})
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(line).decode
+        super().__init__(name, opener, nbytes, span_rows)
+
+    def _parse(self, piece: list[bytes], span: Span) -> Texts:
+        texts: list[str | None] = []
+        bad: dict[int, str] = {}
+        for row, line in enumerate(piece):
+            text = None
+            try:
+                text = self._decode(line).text if line and not line.isspace() else ""
+            except (msgspec.DecodeError, UnicodeError) as error:
+                text = None
+                bad[row] = f"line {span.first_row + row + 1}: {first_line(error)}"
+            texts.append(text)
+        return Texts(pa.array(texts, pa.large_string()), bad)
+
+
+class TextFile(_Delimited):
+    """Plain text: a row is what ends with `separator`; None: the whole file is one row."""
+
+    def __init__(
+        self, name: str, opener: Opener, nbytes: int, separator: str | None, span_rows: int | None = None
+    ) -> None:
+        self.delimiter = separator.encode() if separator is not None else None
+        super().__init__(name, opener, nbytes, span_rows)
+
+    def _parse(self, piece: list[bytes], span: Span) -> Texts:
+        return Texts(pa.array(piece, pa.large_binary()))
+
+
+class ArrowFile(StreamedFile[pa.Array]):
+    """Arrow IPC, as a file (Feather 2 is that) or as a stream."""
+
+    def __init__(self, name: str, opener: Opener, nbytes: int, text_column: str, span_rows: int | None = None) -> None:
+        self._column = text_column
+        super().__init__(name, opener, nbytes, span_rows)
+
+    def _read_through(self) -> Iterator[tuple[int, pa.Array]]:
+        whole = [(0, self._nbytes)]
+        opened = native(self._opener(whole))
+        with pa.memory_map(opened) if isinstance(opened, str) else opened as self._raw:
+            self._read_share = 0.0
+            for batch in self._batches():
+                texts = batch.column(batch.schema.get_field_index(self._column))
+                rows = max(1, len(texts) * TEXT_NBYTES // max(TEXT_NBYTES, texts.nbytes))
+                for at in range(0, len(texts), min(rows, self._span_rows)):
+                    piece = texts.slice(at, min(rows, self._span_rows))
+                    yield len(piece), piece
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        is_file = self._raw.read(6) == b"ARROW1"
+        self._raw.seek(0)
+        if not is_file:
+            with pa.ipc.open_stream(self._raw) as stream:
+                check_text_column(self.name, stream.schema, self._column)
+                for batch in stream:
+                    self._read_share = self._raw.tell() / self._nbytes
+                    yield batch
+            return
+        with pa.ipc.open_file(self._raw) as file:
+            check_text_column(self.name, file.schema, self._column)
+            for index in range(file.num_record_batches):
+                self._read_share = (index + 1) / file.num_record_batches
+                yield file.get_batch(index)
+
+    def _parse(self, piece: pa.Array, span: Span) -> Texts:
+        return Texts(piece)
+
+    def _passed(self) -> int:
+        return round(self._read_share * self._nbytes)
