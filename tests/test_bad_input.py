@@ -88,7 +88,7 @@ def test_empty_directory_and_missing_paths(out: Path, tmp_path: Path) -> None:
     fails(out, *given(tmp_path / "c"), code=3, message="no file of a known format in it")
     fails(out, *given(tmp_path / "nowhere"), code=3, message="no such file or directory")
     fails(out, *given(f"{tmp_path}/c/*.parquet"), code=3, message="no file matches it")
-    fails(out, *given("owner/data-set"), code=3, message=r"hf download --repo-type dataset owner/data-set")
+    fails(out, *given("owner/data-set"), code=3, message=r"data set owner/data-set: HF_HUB_OFFLINE is set")
 
 
 def test_corpus_without_rows(out: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import shared
 from tokenmill.demo import TOKENIZER
 from tokenmill.encode import EMPTY, NULL, SPECIAL, EncodedSpan, Encoder
 from tokenmill.errors import AuditError, SourceError, TokenizerError
+from tokenmill.spans import Texts
 from tokenmill.tokenizer import load_tokenizer
 
 DEMO = load_tokenizer(str(TOKENIZER))
@@ -34,7 +35,7 @@ TEXTS = st.lists(
 
 
 def encode(encoder: Encoder, texts: list[str | None]) -> EncodedSpan:
-    return encoder.encode(pa.array(texts, pa.string()), where="test", first_row=0)
+    return encoder.encode(Texts(pa.array(texts, pa.string())), where="test", first_row=0)
 
 
 @given(TEXTS)
@@ -72,9 +73,9 @@ def test_slices_and_other_text_types_encode_alike() -> None:
     expected = encode(FAST, texts[1:]).tokens.tolist()
     for kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view()):
         array = pa.array([t if t is None or pa.types.is_string(kind) else t.encode() for t in texts]).cast(kind)
-        assert FAST.encode(array.slice(1), where="test", first_row=0).tokens.tolist() == expected
+        assert FAST.encode(Texts(array.slice(1)), where="test", first_row=0).tokens.tolist() == expected
     dictionary = pa.array(texts).dictionary_encode()
-    assert FAST.encode(dictionary.slice(1), where="test", first_row=0).tokens.tolist() == expected
+    assert FAST.encode(Texts(dictionary.slice(1)), where="test", first_row=0).tokens.tolist() == expected
 
 
 class LyingEngine:
@@ -93,15 +94,15 @@ def test_audit_stops_an_engine_that_lies() -> None:
     lying.engine = LyingEngine()
     texts = pa.array([f"document {i}" for i in range(5000)])
     with pytest.raises(AuditError, match=r"part-7\.parquet, row \d+: liar 1 and tokenizers .* expected \[.*found \["):
-        lying.encode(texts, where="part-7.parquet", first_row=0)
+        lying.encode(Texts(texts), where="part-7.parquet", first_row=0)
     with pytest.raises(AuditError, match=r"row 10:"):
-        lying.encode(pa.array(["holds </s> inside"]), where="part-7.parquet", first_row=10)
+        lying.encode(Texts(pa.array(["holds </s> inside"])), where="part-7.parquet", first_row=10)
 
 
 def test_audit_samples_the_same_rows_in_any_spans() -> None:
     texts = pa.array([f"document {i}" for i in range(4000)])
-    whole = FAST.encode(texts, where="", first_row=0).audited
-    halves = [FAST.encode(texts.slice(at, 1000), where="", first_row=at).audited for at in range(0, 4000, 1000)]
+    whole = FAST.encode(Texts(texts), where="", first_row=0).audited
+    halves = [FAST.encode(Texts(texts.slice(at, 1000)), where="", first_row=at).audited for at in range(0, 4000, 1000)]
     assert whole == sum(halves)
     assert 1 <= whole <= 12
 
@@ -109,16 +110,16 @@ def test_audit_samples_the_same_rows_in_any_spans() -> None:
 def test_invalid_utf8_names_the_row() -> None:
     for kind in (pa.binary(), pa.large_binary()):
         with pytest.raises(SourceError, match=r"x\.parquet: row 102: .*UTF-8"):
-            FAST.encode(pa.array([b"ok", None, b"\xff\xfe", b"ok"], kind), where="x.parquet", first_row=100)
+            FAST.encode(Texts(pa.array([b"ok", None, b"\xff\xfe", b"ok"], kind)), where="x.parquet", first_row=100)
 
 
 def test_invalid_utf8_in_a_string_column() -> None:
     sneaky = pa.array([b"ok", b"\xc3\x28"]).view(pa.string())
     for kind in (pa.string(), pa.large_string(), pa.string_view()):
         with pytest.raises(SourceError, match="row 1"):
-            FAST.encode(sneaky.cast(kind), where="x.parquet", first_row=0)
+            FAST.encode(Texts(sneaky.cast(kind)), where="x.parquet", first_row=0)
     with pytest.raises(SourceError, match="row 1"):
-        FAST.encode(sneaky.dictionary_encode(), where="x.parquet", first_row=0)
+        FAST.encode(Texts(sneaky.dictionary_encode()), where="x.parquet", first_row=0)
 
 
 def test_long_and_odd_documents() -> None:
@@ -242,7 +243,9 @@ def test_llama2_on_the_real_corpus() -> None:
     tokenizer = load_tokenizer(str(shared("data/llama2-tokenizer")))
     texts = pq.read_table(shared("data/corpus/part-00000.parquet"))["text"].combine_chunks()
     spans = [
-        Encoder(tokenizer, engine=engine, special_in_text=special, dtype="uint16").encode(texts, where="", first_row=0)
+        Encoder(tokenizer, engine=engine, special_in_text=special, dtype="uint16").encode(
+            Texts(texts), where="", first_row=0
+        )
         for special in ("parse", "text")
         for engine in ("gigatoken", "hf")
     ]

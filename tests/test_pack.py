@@ -56,7 +56,11 @@ def test_window_gives_back_every_row_and_lets_go_of_spans(spans: list[list[int]]
         length = np.array(lengths, np.int64)
         tokens = np.arange(length.sum(), dtype=np.uint16) + 100 * file
         window.add(
-            first_row, file, 5, EncodedSpan(tokens, length, np.zeros(len(length), np.uint8), 0, 0), pending=len(length)
+            first_row,
+            file,
+            5,
+            EncodedSpan(tokens, length, np.zeros(len(length), np.uint8), 0, 0, {}),
+            pending=len(length),
         )
         ends = np.cumsum(length)
         for row, end in enumerate(ends):

@@ -529,6 +529,7 @@ def test_deep_rebuilds_any_shard(tmp_path: Path, corpus: Path, order: str, total
     """Long documents over several shards, rows without text, an end in the middle of a document."""
     from tokenmill import verify_deep
     from tokenmill.findings import Inquiry
+    from tokenmill.options import StoreOptions
 
     write_parquet(tmp_path / "corpus" / "long.parquet", [text(1, 3_000), None, "", text(2, 2_000), "short"])
     for path in corpus.rglob("*.parquet"):
@@ -542,7 +543,7 @@ def test_deep_rebuilds_any_shard(tmp_path: Path, corpus: Path, order: str, total
     )
     pretokenize(recipe, tmp_path / "root")
     job = Inquiry(tmp_path / "root", workers=2, show=lambda done, total: None)
-    deep = verify_deep._Deep(job, None, None)
+    deep = verify_deep._Deep(job, None, None, StoreOptions())
     for shard in range(len(deep.manifest.shards)):
         deep.rebuild(shard)
     deep.check_documents(np.arange(deep.manifest.documents))

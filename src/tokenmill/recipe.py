@@ -60,25 +60,20 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON.
-
-        `text_separator` counts only where it is set: it came later, and fingerprints stay.
-        """
+        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON."""
         return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
 
     def difference(self, other: Recipe) -> str | None:
         """The first setting in which `other` would make other bytes, as `field: mine, theirs`."""
         mine, theirs = self._settings(), other._settings()
-        for field in mine | theirs:
-            if mine.get(field) != theirs.get(field):
-                return f"{field} = {mine.get(field)!r} there, {theirs.get(field)!r} here"
+        for field, value in mine.items():
+            if value != theirs[field]:
+                return f"{field} = {value!r} there, {theirs[field]!r} here"
         return None
 
     def _settings(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
         del fields["dataset"], fields["tokenizer"]
-        if fields["text_separator"] is None:
-            del fields["text_separator"]
         return fields
 
 

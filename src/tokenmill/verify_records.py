@@ -80,8 +80,6 @@ class RecordChecks(Checks):
     def _fingerprint(self) -> str:
         recipe = json.loads((self.root / layout.MANIFEST).read_bytes())["recipe"]
         fields = {field: value for field, value in recipe.items() if field not in ("dataset", "tokenizer")}
-        if fields.get("text_separator") is None:
-            fields.pop("text_separator", None)
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
