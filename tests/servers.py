@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -197,7 +198,8 @@ def moto() -> Iterator[str]:
     port = free_port()
     line = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(line, stdout=quiet, stderr=quiet) as process:
+    smaller = os.environ | {"S3_UPLOAD_PART_MIN_SIZE": "1024"}  # parts of 5 MB would make slow tests
+    with subprocess.Popen(line, stdout=quiet, stderr=quiet, env=smaller) as process:
         try:
             endpoint = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + 60
@@ -234,3 +236,73 @@ def s3_client(endpoint: str):
         aws_access_key_id="testing",
         aws_secret_access_key="testing",
     )
+
+
+class Proxy:
+    """A TCP proxy before a server that, at random, resets, truncates, corrupts, stalls, or answers 503 itself.
+
+    Args:
+        target: URL of the server.
+    """
+
+    KINDS = ("reset", "truncate", "corrupt", "corrupt", "stall", "503")
+    STALL_SECONDS = 0.6
+
+    def __init__(self, target: str) -> None:
+        parts = urllib.parse.urlsplit(target)
+        self._target = (parts.hostname, parts.port)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.rng = random.Random(0)
+        self.rate = 0.0
+        """Faults per chunk of at most 16 KB."""
+        self.faults: list[str] = []
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            for source, sink, is_request in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._pump, args=(source, sink, is_request), daemon=True).start()
+
+    def _fault(self) -> str | None:
+        with self._lock:
+            if self.rng.random() >= self.rate:
+                return None
+            self.faults.append(self.rng.choice(self.KINDS))
+            return self.faults[-1]
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(16_384):
+                fault = self._fault()
+                if fault == "corrupt":
+                    at, flip = self.rng.randrange(len(data)), 1 << self.rng.randrange(8)
+                    data = data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]
+                elif fault == "stall":
+                    time.sleep(self.STALL_SECONDS)
+                elif fault == "truncate":
+                    sink.sendall(data[: len(data) // 2])
+                    break
+                elif fault == "503" and is_request:
+                    body = b"<Error><Code>SlowDown</Code></Error>"
+                    head = f"HTTP/1.1 503 Slow Down\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                    source.sendall(head.encode() + body)
+                    break
+                elif fault == "reset":
+                    for end in (source, sink):
+                        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

@@ -27,6 +27,8 @@ from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
     from tokenmill.pipeline import Summary
+    from tokenmill.transfer import Report as TransferReport
+    from tokenmill.transfer import Selection
 
 log = logging.getLogger("tokenmill")
 log.addHandler(logging.NullHandler())  # until there is a data root to keep a log in
@@ -174,6 +176,14 @@ def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], 
 @_id_scheme
 @_on_bad_rows
 @_with(_store_options)
+@click.option("--upload-to", metavar="URL", help="s3://BUCKET/PREFIX that gets each shard as it is finished.")
+@click.option(
+    "--keep-local",
+    type=click.BOOL,
+    default=True,
+    metavar="yes|no",
+    help="Whether shards stay here once they are in --upload-to.  [yes]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs; make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @_json
@@ -189,6 +199,8 @@ def pretokenize(
     on_bad_rows: OnBadRows,
     endpoint_url: str | None,
     anonymous: bool,
+    upload_to: str | None,
+    keep_local: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -221,6 +233,8 @@ def pretokenize(
         span_rows=span_rows,
         id_scheme=id_scheme,
         on_bad_rows=on_bad_rows,
+        upload_to=upload_to,
+        keep_local=keep_local,
         **shared,
         quiet=quiet,
         as_json=as_json,
@@ -387,6 +401,96 @@ def verify(
         _echo(report.verification_lines(result))
     if not result.passed:
         raise click.exceptions.Exit(1)
+
+
+_transfer_options = [
+    click.option("--include", multiple=True, metavar="PATTERN", help="Only files whose path matches; may be repeated."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="No files whose path matches; may be repeated."),
+    click.option("--shards", metavar="N[-M]", help="Only these shards and their documents, for example 0-3."),
+    *_store_options,
+    click.option("--dry-run", is_flag=True, help="Print what would be transferred; transfer nothing."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress, and nothing printed unless it fails."),
+]
+
+
+@cli.command(short_help="Bring a data set from a bucket.")
+@click.argument("source")
+@_data_root
+@_with(_transfer_options)
+@_json
+def download(source: str, data_root: Path, **options: Any) -> None:
+    """Bring the data set at SOURCE (s3://BUCKET/PREFIX, file:// or a path) to the directory DATA_ROOT.
+
+    Only what is missing or different travels; run the same command again after a crash or Ctrl-C: it goes
+    on in the middle of a file. A file has its name only when it is whole and its digest is right.
+    Credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.
+
+    \b
+    Examples:
+      tokenmill download s3://bucket/data data/ --endpoint-url https://s3.example.org
+      tokenmill download s3://bucket/data data/ --shards 0-3
+    """
+    from tokenmill.download import download as bring
+    from tokenmill.stores import open_store
+
+    def move(selection: Selection, store: StoreOptions, **rest: Any) -> TransferReport:
+        return bring(open_store(source, store), data_root, selection, **rest)
+
+    _transfer(move, **options)
+
+
+@cli.command(short_help="Send a data set to a bucket.")
+@_data_root
+@click.argument("target")
+@_with(_transfer_options)
+@_json
+def upload(data_root: Path, target: str, **options: Any) -> None:
+    """Send the data set in DATA_ROOT to TARGET (s3://BUCKET/PREFIX, file:// or a path), the manifest last.
+
+    Only what is missing or different travels; run the same command again after a crash or Ctrl-C: parts
+    that arrived are kept. Credentials come from the environment: AWS_ACCESS_KEY_ID and
+    AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.
+
+    \b
+    Example:
+      tokenmill upload data/ s3://bucket/data --endpoint-url https://s3.example.org
+    """
+    from tokenmill.stores import open_store
+    from tokenmill.upload import upload as send
+
+    def move(selection: Selection, store: StoreOptions, **rest: Any) -> TransferReport:
+        return send(data_root, open_store(target, store), selection, **rest)
+
+    _transfer(move, **options)
+
+
+def _transfer(
+    move: Callable[..., TransferReport],
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    shards: str | None,
+    endpoint_url: str | None,
+    anonymous: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from tokenmill import report
+    from tokenmill.progress import byte_display
+    from tokenmill.transfer import Selection, shard_range
+
+    selection = Selection(include, exclude, None if shards is None else shard_range(shards))
+    _catch_signals()
+    try:
+        with byte_display(quiet=quiet or as_json) as progress:
+            result = move(selection, StoreOptions(endpoint_url, anonymous), dry_run=dry_run, show=progress)
+    except _InterruptedError as stop:
+        _say_stopped("run the same command again to go on", stop)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+    elif not quiet:
+        _echo(report.transfer_lines(result))
 
 
 @cli.command()

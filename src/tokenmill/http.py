@@ -7,6 +7,7 @@ retries. Nothing received is believed before its length is what was asked for.
 from __future__ import annotations
 
 import email.utils
+import logging
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ class HttpClient:
     """Connections that are kept and shared by threads; proxies come from the environment."""
 
     def __init__(self) -> None:
+        # It would print URLs, and signed ones are credentials; what matters is raised and logged here.
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)
         self._session = requests.Session()
         self._session.auth = _no_auth
         self._session.headers["Accept-Encoding"] = "identity"
@@ -99,9 +102,11 @@ class HttpClient:
             self._refuse(response)
             if response.status_code != 206 and (offset, nbytes) != (0, total):
                 raise AnswerError(response.status_code, "the server does not serve ranges of a file")
-            found = _total(response)
-            if response.status_code == 206 and found not in (None, total):
-                raise ChangedError(f"expected {total} bytes, found {found}")
+            sent = response.headers.get("Content-Range", "")
+            if response.status_code == 206 and _total(response) not in (None, total):
+                raise ChangedError(f"expected {total} bytes, found {_total(response)}")
+            if response.status_code == 206 and not sent.startswith(f"bytes {offset}-{offset + nbytes - 1}/"):
+                raise TransientError(f"{_host(url)}: expected {asked['Range']}, found {sent!r:.80}")
             seen = response.headers.get("ETag")
             if etag is not None and seen is not None and seen.removeprefix("W/") != etag.removeprefix("W/"):
                 raise ChangedError(f"expected ETag {etag}, found {seen}")

@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -23,7 +23,7 @@ from tokenmill import hub
 from tokenmill.errors import SourceChangedError, SourceError, StorageError
 from tokenmill.options import StoreOptions
 from tokenmill.ranges import RemoteFile
-from tokenmill.retry import TRIES, AnswerError, ChangedError, Retrier, TransientError
+from tokenmill.retry import AnswerError, Retrier, asked
 from tokenmill.train_split import matching, train_files
 
 T = TypeVar("T")
@@ -254,34 +254,9 @@ class _Remote:
             SourceChangedError: no longer what was listed.
         """
         try:
-            return self.retrier(task)
-        except TransientError as error:
-            raise SourceError(
-                f"{what}: cannot be read, {TRIES} times in a row: {error}",
-                next_step="check the network, then run the same command again: finished shards are kept",
-            ) from None
-        except ChangedError as error:
-            raise SourceChangedError(
-                f"{what}: the source changed while it was read: {error}",
-                next_step="restore the file, or start in another directory",
-            ) from None
-        except AnswerError as error:
-            self._refused(what, error)
+            return asked(what, self.retrier, task, kind=SourceError, changed=SourceChangedError, login=self.login)
         except StorageError as error:
             raise SourceError(error.message, next_step=error.next_step) from None
-
-    def _refused(self, what: str, error: AnswerError) -> NoReturn:
-        if error.status in (401, 403):
-            raise SourceError(
-                f"{what}: access denied: {error}",
-                next_step=f"{self.login}, then run the same command again: finished shards are kept",
-            ) from None
-        if error.status in (404, 410):
-            raise SourceError(
-                f"{what}: not there: {error}",
-                next_step="check the name; if the file is gone, restore it, then run the same command again",
-            ) from None
-        raise SourceError(f"{what}: cannot be read: {error}", next_step=MEND) from None
 
 
 class _WebFiles(_Remote):

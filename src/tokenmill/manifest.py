@@ -271,16 +271,25 @@ def _load(path: Path, kind: type[T]) -> T | None:
         return None
     except OSError as error:
         raise DataRootError(f"{path}: cannot be read: {error.strerror}", next_step="check the permissions") from None
+    return decode(data, kind, str(path))
+
+
+def decode(data: bytes, kind: type[T], name: str) -> T:
+    """The record that `data` holds.
+
+    Raises:
+        DataRootError: it is not ours; `name` says which.
+    """
     try:
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DataRootError(
-            f"{path}: not a tokenmill manifest: {error}",
+            f"{name}: not a tokenmill manifest: {error}",
             next_step="restore it, or choose another directory",
         ) from None
     if record.version != VERSION:
         raise DataRootError(
-            f"{path}: expected manifest version {VERSION}, found {record.version}",
+            f"{name}: expected manifest version {VERSION}, found {record.version}",
             next_step="use the tokenmill version that made it, or choose another directory",
         )
     return record

@@ -6,6 +6,7 @@ lengths to the window, and hands parts of shards to the writer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import deque
@@ -22,9 +23,9 @@ from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.encode import EncodedSpan, Encoder
 from tokenmill.engine import Lookahead, TaskEngine, ThreadEngine, available_cores
-from tokenmill.errors import SourceChangedError
+from tokenmill.errors import SourceChangedError, StorageError
 from tokenmill.locations import without_secrets
-from tokenmill.manifest import Consolidated, Cursor, FileRecord, Manifest, TokenizerRecord
+from tokenmill.manifest import Consolidated, Cursor, FileRecord, Manifest, ShardRecord, TokenizerRecord
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.order import Rows, file_order, row_order
 from tokenmill.pack import Window, cut
@@ -44,11 +45,16 @@ from tokenmill.resume import (
 )
 from tokenmill.source import Corpus, find_corpus
 from tokenmill.spans import Span, SpanReader
+from tokenmill.stores import BucketStore, FolderStore, open_store
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
+from tokenmill.upload import Sender
 from tokenmill.writer import Writer
 
 _NO_OPTIONS = StoreOptions()
+
+_SHARDS_PASSING = 5
+"""On a disk that shards only pass through: in the making, being published, being sent, and one waiting for each."""
 
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte of tokens, also when the shuffle's buffer is emptied."""
@@ -95,6 +101,7 @@ class Summary(msgspec.Struct, kw_only=True):
     engine: str
     remade: list[str]
     """Files of an earlier run that were missing or not what the manifest says."""
+    uploaded_to: str | None = None
     proof: Proof | None = None
     """Of `tokens.bin` and `sample_ids.bin`, where there are such."""
 
@@ -116,6 +123,14 @@ class Workload(NamedTuple):
     on_bad_rows: OnBadRows
 
 
+class Destination(NamedTuple):
+    """A bucket that the data set goes to as it is made."""
+
+    sender: Sender
+    keep_local: bool
+    """Whether shards stay here once they are there."""
+
+
 class _Job(NamedTuple):
     """A run on a data root, whose lock is held."""
 
@@ -123,6 +138,7 @@ class _Job(NamedTuple):
     manifest: Manifest
     prepared: Prepared
     workload: Workload
+    destination: Destination | None = None
 
 
 Show = Callable[[Progress], None]
@@ -177,6 +193,8 @@ def pretokenize(
     id_scheme: layout.IdScheme | None = None,
     on_bad_rows: OnBadRows = "error",
     store: StoreOptions = _NO_OPTIONS,
+    upload_to: str | None = None,
+    keep_local: bool = True,
     show: Show = lambda progress: None,
     begin: Callable[[Preflight], None] = lambda plan: None,
 ) -> Summary:
@@ -192,7 +210,9 @@ def pretokenize(
         id_scheme: of the sample ids then; None takes the recipe's (see `proof.choose_scheme`).
         on_bad_rows: what is not JSON, or not UTF-8, is an `error`, or counted and listed in `skipped.jsonl`
             (`skip`).
-        store: how to reach a corpus that is not local.
+        store: how to reach a corpus that is not local, and `upload_to`.
+        upload_to: `s3://BUCKET/PREFIX` that gets each shard as it is finished, the manifest last.
+        keep_local: whether shards and their documents stay here once they are there.
         show: called from the driver's thread as parts are handed to the writer.
         begin: called once with the preflight, before anything is made.
 
@@ -206,7 +226,8 @@ def pretokenize(
     with storage.held(root):
         begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
-        job = _Job(root, manifest, prepared, workload)
+        destination = _destination(root, upload_to, store, keep_local=keep_local, consolidated=consolidated)
+        job = _Job(root, manifest, prepared, workload, destination)
         storage.remove_partials(root)
         if begun is None:
             (root / layout.SKIPPED).unlink(missing_ok=True)
@@ -216,14 +237,60 @@ def pretokenize(
             forget(root)
         if manifest.complete and (record := consumed(root)) is not None:
             return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, record, manifest))
-        remade = set_damaged_aside(root, manifest)
+        remade = set_damaged_aside(root, manifest, destination.sender.was_sent if destination else lambda name: False)
+        done, audited, status = manifest.tokens, 0, "already complete"
         if manifest.complete and not remade:
             agree_on_probe(root, manifest, prepared.encoder)
             manifests.save_if_changed(root, manifest)  # modification times, if the root was copied
-            return _summary(job, "already complete", manifest.tokens, started)
-        done = manifest.tokens
-        audited = _make(job, None, show, begin)
-        return _summary(job, "complete", done, started, audited=audited, remade=remade)
+        else:
+            audited, status = _make(job, None, show, begin), "complete"
+        _send_all(job)
+        return _summary(job, status, done, started, audited=audited, remade=remade)
+
+
+def _destination(
+    root: Path, upload_to: str | None, store: StoreOptions, *, keep_local: bool, consolidated: bool
+) -> Destination | None:
+    if upload_to is None:
+        if not keep_local:
+            raise StorageError("shards are to go nowhere and not to stay", next_step="name a bucket with --upload-to")
+        return None
+    opened = open_store(upload_to, store)
+    if not isinstance(opened, BucketStore):
+        raise StorageError(f"{upload_to}: expected s3://BUCKET/PREFIX", next_step="for a directory, make it there")
+    if consolidated and not keep_local:
+        raise StorageError(
+            f"{layout.TOKENS} is one file, which grows to the end of the run: it cannot leave piece by piece",
+            next_step="leave out --consolidated or --keep-local no",
+        )
+    return Destination(Sender(root, opened), keep_local)
+
+
+def _send_shard(job: _Job, record: ShardRecord) -> None:
+    """Send a finished shard to where the data set goes, and let it go here if so wanted."""
+    assert job.destination is not None
+    shard, documents = layout.shard_name(record.index), layout.documents_name(record.index)
+    here = FolderStore(job.root)
+    job.destination.sender.send_file(here.file(documents), record.documents_sha256)
+    job.destination.sender.send_file(here.file(shard), record.sha256)
+    if not job.destination.keep_local:
+        _remove(job.root, shard, documents)
+
+
+def _remove(root: Path, *names: str) -> None:
+    for name in names:
+        with storage.reported(root / name):
+            (root / name).unlink(missing_ok=True)
+
+
+def _send_all(job: _Job) -> None:
+    """Send what is not there yet of a finished data set, the manifest last."""
+    if job.destination is None:
+        return
+    job.destination.sender.send(FolderStore(job.root).files())
+    if not job.destination.keep_local:
+        for record in job.manifest.shards:
+            _remove(job.root, layout.shard_name(record.index), layout.documents_name(record.index))
 
 
 def _pretokenize_consolidated(
@@ -239,6 +306,7 @@ def _pretokenize_consolidated(
         or (before.id_scheme if before else choose_scheme(recipe, tokens=None, seq_len=recipe.seq_len)),
     )
     if manifest.complete and before is not None and is_whole(root, before) and before.settings == wanted.settings:
+        _send_all(job)
         return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, before, manifest))
     manifests.save_consolidated(root, wanted)
     reopen(root)
@@ -255,6 +323,7 @@ def _pretokenize_consolidated(
             file.publish()
     if proof.passed:
         manifests.save_consolidated(root, proof.record)
+        _send_all(job)
     return _summary(job, status, done, started, audited=audited, remade=remade, proof=proof)
 
 
@@ -297,10 +366,14 @@ def _check(job: _Job) -> Preflight:
     """What must hold before a byte is written; then the data root is ours."""
     agree_on_probe(job.root, job.manifest, job.prepared.encoder)
     figures = preflight(*job.prepared, job.root, workers=job.workload.workers, done_tokens=job.manifest.tokens)
-    check_disk(figures, job.root)
+    check_disk(figures, job.root, shards_at_once=None if _stays(job) else _SHARDS_PASSING)
     job.manifest.software = _software(job.prepared.encoder)
     manifests.save(job.root, job.manifest)
     return figures
+
+
+def _stays(job: _Job) -> bool:
+    return job.destination is None or job.destination.keep_local
 
 
 def _summary(
@@ -335,6 +408,7 @@ def _summary(
         audited_documents=audited,
         engine=job.prepared.encoder.engine.version,
         remade=list(remade),
+        uploaded_to=job.destination.sender.name if job.destination else None,
         proof=proof,
     )
 
@@ -367,7 +441,9 @@ def _software(encoder: Encoder) -> dict[str, str]:
 def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callable[[], None]) -> int:
     """Make every shard the manifest does not prove; documents audited."""
     engine = ThreadEngine(job.workload.workers)
-    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype, file)
+    sends = job.destination is not None and file is None
+    published = functools.partial(_send_shard, job) if sends else None
+    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype, file, published=published)
     audited = 0
     ranges = missing_ranges(job.manifest)
     drivers = [_Driver(job, first, end, engine, writer=writer, show=show) for first, end in ranges]
@@ -383,6 +459,8 @@ def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callabl
         writer.close()
     except BaseException:
         job.prepared.corpus.location.close()
+        if job.destination is not None:
+            job.destination.sender.stop()
         engine.shutdown()
         writer.abandon()
         raise

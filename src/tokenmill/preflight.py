@@ -98,15 +98,23 @@ def preflight(
     )
 
 
-def check_disk(plan: Preflight, root: Path) -> None:
+def check_disk(plan: Preflight, root: Path, *, shards_at_once: int | None = None) -> None:
     """Refuse what will not fit, with a tenth allowed for the estimate.
+
+    Args:
+        plan: of the run.
+        root: the data root.
+        shards_at_once: how many are on the disk at a time; None: all.
 
     Raises:
         StorageError: the data root's disk is too small.
     """
-    if plan.disk_needed_nbytes * 0.9 > plan.disk_free_nbytes:
+    needed = plan.disk_needed_nbytes
+    if shards_at_once is not None:
+        needed = min(needed, needed * shards_at_once // max(1, plan.shards))
+    if needed * 0.9 > plan.disk_free_nbytes:
         raise StorageError(
-            f"{root}: the disk cannot hold the result: about {plan.disk_needed_nbytes / 1e9:.2f} GB needed, "
+            f"{root}: the disk cannot hold the result: about {needed / 1e9:.2f} GB needed, "
             f"{plan.disk_free_nbytes / 1e9:.2f} GB free",
             next_step="make room, choose another directory, or take less with --total-tokens",
         )

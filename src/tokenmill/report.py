@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.preflight import Preflight
     from tokenmill.proof import Proof
     from tokenmill.single_shard import ShardStatistics
+    from tokenmill.transfer import Report as Transfer
     from tokenmill.verification import Verification
 
 
@@ -52,7 +53,8 @@ def summary_lines(summary: Summary) -> list[str]:
     made = f"{summary.root}: {summary.tokens:,} tokens in {place} ({summary.dtype}), "
     proof = proof_lines(summary.proof) if summary.proof else []
     if summary.status == "already complete":
-        return [f"{summary.root}: already complete: {summary.tokens:,} tokens in {place}; nothing to do", *proof]
+        done = f"{summary.root}: already complete: {summary.tokens:,} tokens in {place}; nothing to do"
+        return [done, *_sent_lines(summary), *proof]
     return [
         *(f"{name} was missing or damaged: made again" for name in summary.remade),
         f"{made}{summary.documents:,} documents",
@@ -62,8 +64,34 @@ def summary_lines(summary: Summary) -> list[str]:
         *([f"requests that failed and were tried again: {summary.retries:,}"] if summary.retries else []),
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal",
+        *_sent_lines(summary),
         *proof,
     ]
+
+
+def _sent_lines(summary: Summary) -> list[str]:
+    return [f"{summary.uploaded_to}: has all of it"] if summary.uploaded_to else []
+
+
+def transfer_lines(result: Transfer) -> list[str]:
+    """What a transfer did, or would do."""
+    moved, nbytes = result.moved, sum(file.moved_nbytes for file in result.files)
+    there = _plural(len(result.files) - len(moved), "file")
+    if result.dry_run:
+        lines = [f"{file.nbytes:>16,}  {file.path}" for file in moved]
+        return [*lines, f"{_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB to transfer; {there} there already"]
+    speed = f" in {result.seconds:.1f} s, {nbytes / 1e6 / max(1e-9, result.seconds):.0f} MB/s" if nbytes else ""
+    lines = [
+        f"{result.source} \u2192 {result.target}: {_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB{speed}; "
+        f"{there} there already"
+    ]
+    proofs = {"sha256": "SHA-256 of the manifest", "etag": "the store's ETag", "size": "nothing but their size"}
+    for name, what in proofs.items():
+        if count := sum(file.checked == name for file in result.files):
+            lines.append(f"{_plural(count, 'file')} compared with {what}")
+    if result.retries:
+        lines.append(f"requests that failed and were tried again: {result.retries:,}")
+    return lines
 
 
 def _bad(count: int) -> str:

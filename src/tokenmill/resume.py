@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenmill import layout
@@ -161,15 +162,19 @@ def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile) -> list[str
     return names
 
 
-def set_damaged_aside(root: Path, manifest: Manifest) -> list[str]:
+def set_damaged_aside(
+    root: Path, manifest: Manifest, was_sent: Callable[[str], bool] = lambda name: False
+) -> list[str]:
     """Move the records of shards whose files are missing, torn or foreign to `damaged`; those files' names.
 
-    A shard whose size and modification time are as recorded is trusted; another is hashed.
+    A shard whose size and modification time are as recorded is trusted; another is hashed. One that is not
+    here but `was_sent` to a store, which has it still, is not missing.
     """
     names: list[str] = []
     records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
     for record in records:
-        name = _damaged_file(root, record, layout.token_dtype(manifest.recipe.dtype).itemsize)
+        itemsize = layout.token_dtype(manifest.recipe.dtype).itemsize
+        name = _damaged_file(root, record, itemsize, was_sent)
         if name is None:
             manifest.add(record)
         else:
@@ -179,8 +184,10 @@ def set_damaged_aside(root: Path, manifest: Manifest) -> list[str]:
     return names
 
 
-def _damaged_file(root: Path, record: ShardRecord, itemsize: int) -> str | None:
+def _damaged_file(root: Path, record: ShardRecord, itemsize: int, was_sent: Callable[[str], bool]) -> str | None:
     shard, documents = layout.shard_name(record.index), layout.documents_name(record.index)
+    if not (root / shard).exists() and was_sent(shard) and was_sent(documents):
+        return None
     try:
         stat = (root / shard).stat()
     except FileNotFoundError:

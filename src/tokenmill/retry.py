@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import tenacity
 
+from tokenmill.errors import TokenmillError
+
 log = logging.getLogger("tokenmill")
 
 T = TypeVar("T")
@@ -48,6 +50,44 @@ class AnswerError(Exception):
 
 class ChangedError(Exception):
     """The object is not the one that was listed."""
+
+
+def asked(
+    what: str,
+    retrier: Retrier,
+    task: Callable[[], T],
+    *,
+    kind: type[TokenmillError],
+    changed: type[TokenmillError],
+    login: str,
+) -> T:
+    """The result of a task on a store, transient faults tried again.
+
+    Args:
+        what: is read or written.
+        kind: of error when it is refused, gone, or still failing.
+        changed: when it is no longer what was listed.
+        login: what to do when the store wants other credentials.
+    """
+    again = "then run the same command again: what is finished is kept"
+    try:
+        return retrier(task)
+    except TransientError as error:
+        message, step = f"failed {TRIES} times in a row: {error}", f"check the network, {again}"
+        raise kind(f"{what}: {message}", next_step=step) from None
+    except ChangedError as error:
+        raise changed(
+            f"{what}: changed while it was read: {error}",
+            next_step="restore the file, or start in another directory",
+        ) from None
+    except AnswerError as error:
+        if error.status in (401, 403):
+            raise kind(f"{what}: access denied: {error}", next_step=f"{login}, {again}") from None
+        if error.status in (404, 410):
+            step = "check the name; if the file is gone, restore it, then run the same command again"
+            raise kind(f"{what}: not there: {error}", next_step=step) from None
+        step = f"do what it says, {again}"
+        raise kind(f"{what}: refused: {error}", next_step=step) from None
 
 
 class Retrier:

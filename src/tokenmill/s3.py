@@ -7,6 +7,7 @@ themselves travel by `http.py` over signed URLs, so that one place decides what 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -57,17 +58,20 @@ class Bucket:
         """Objects whose key begins with `prefix`, by key."""
         token: dict[str, str] = {}
         while True:
-            page = self._ask(self._client.list_objects_v2, Bucket=self.name, Prefix=prefix, **token)
-            for entry in page.get("Contents", ()):
-                yield S3Object(entry["Key"], entry["Size"], entry["ETag"])
-            if not page.get("IsTruncated"):
+            page, token = self._tried(functools.partial(self._page, prefix, token))
+            yield from page
+            if not token:
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, token: dict[str, str]) -> tuple[list[S3Object], dict[str, str]]:
+        page = self._client.list_objects_v2(Bucket=self.name, Prefix=prefix, **token)
+        found = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ())]
+        return found, {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else {}
 
     def head(self, key: str) -> S3Object | None:
         """An object; None if there is none of that key."""
         try:
-            found = self._ask(self._client.head_object, Bucket=self.name, Key=key)
+            found = self._tried(lambda: self._client.head_object(Bucket=self.name, Key=key))
         except AnswerError as error:
             if error.status == 404:
                 return None
@@ -77,7 +81,7 @@ class Bucket:
     def first_part_nbytes(self, key: str) -> int | None:
         """Size of the parts an object was uploaded in; None where the store does not say."""
         try:
-            found = self._ask(self._client.head_object, Bucket=self.name, Key=key, PartNumber=1)
+            found = self._tried(lambda: self._client.head_object(Bucket=self.name, Key=key, PartNumber=1))
         except AnswerError:
             return None
         return int(found["ContentLength"]) if found.get("PartsCount", 0) > 1 else None
@@ -92,32 +96,37 @@ class Bucket:
         return self._http.put(self._sign("put_object", Key=key), data)
 
     def delete(self, key: str) -> None:
-        self._ask(self._client.delete_object, Bucket=self.name, Key=key)
+        self._tried(lambda: self._client.delete_object(Bucket=self.name, Key=key))
 
     def begin_upload(self, key: str) -> str:
         """Begin a multipart upload; its id."""
-        return str(self._ask(self._client.create_multipart_upload, Bucket=self.name, Key=key)["UploadId"])
+        begin = self._client.create_multipart_upload
+        return self._tried(lambda: str(begin(Bucket=self.name, Key=key)["UploadId"]))
 
     def uploads(self, key: str) -> list[str]:
         """Ids of the multipart uploads of `key` that were begun and not ended, oldest first."""
-        page = self._ask(self._client.list_multipart_uploads, Bucket=self.name, Prefix=key)
-        found = [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
-        return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"])]
+
+        def listed() -> list[str]:
+            page = self._client.list_multipart_uploads(Bucket=self.name, Prefix=key)
+            found = [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
+            return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"])]
+
+        return self._tried(listed)
 
     def parts(self, key: str, upload: str) -> list[UploadedPart]:
         """What an upload holds so far, by number."""
         found: list[UploadedPart] = []
-        marker = 0
         while True:
-            page = self._ask(
-                self._client.list_parts, Bucket=self.name, Key=key, UploadId=upload, PartNumberMarker=marker
-            )
-            found += [
-                UploadedPart(entry["PartNumber"], entry["Size"], entry["ETag"]) for entry in page.get("Parts", ())
-            ]
-            if not page.get("IsTruncated") or not found:
+            marker = found[-1].number if found else 0
+            page, more = self._tried(functools.partial(self._parts_page, key, upload, marker))
+            found += page
+            if not more or not page:
                 return found
-            marker = found[-1].number
+
+    def _parts_page(self, key: str, upload: str, marker: int) -> tuple[list[UploadedPart], bool]:
+        page = self._client.list_parts(Bucket=self.name, Key=key, UploadId=upload, PartNumberMarker=marker)
+        found = [UploadedPart(entry["PartNumber"], entry["Size"], entry["ETag"]) for entry in page.get("Parts", ())]
+        return found, bool(page["IsTruncated"])
 
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         """Send a part; its ETag."""
@@ -125,18 +134,14 @@ class Bucket:
 
     def complete_upload(self, key: str, upload: str, parts: list[UploadedPart]) -> str:
         """Make the parts an object; its ETag."""
-        listed = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
-        answer = self._ask(
-            self._client.complete_multipart_upload,
-            Bucket=self.name,
-            Key=key,
-            UploadId=upload,
-            MultipartUpload={"Parts": listed},
+        listed = {"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]}
+        complete = self._client.complete_multipart_upload
+        return self._tried(
+            lambda: str(complete(Bucket=self.name, Key=key, UploadId=upload, MultipartUpload=listed)["ETag"])
         )
-        return str(answer.get("ETag", ""))
 
     def abort_upload(self, key: str, upload: str) -> None:
-        self._ask(self._client.abort_multipart_upload, Bucket=self.name, Key=key, UploadId=upload)
+        self._tried(lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload))
 
     def _sign(self, operation: str, **parameters: object) -> str:
         return self._tried(
@@ -146,9 +151,6 @@ class Bucket:
                 )
             )
         )
-
-    def _ask(self, operation: Callable[..., Any], **parameters: object) -> Any:
-        return self._tried(lambda: operation(**parameters))
 
     def _tried(self, task: Callable[[], T]) -> T:
         """Run a call of `botocore`, its errors as ours."""
@@ -165,6 +167,8 @@ class Bucket:
             raise AnswerError(status, code) from None
         except (exceptions.HTTPClientError, exceptions.ConnectionError, parsers.ResponseParserError) as error:
             raise TransientError(type(error).__name__) from None
+        except (KeyError, ValueError) as error:
+            raise TransientError(f"an answer that makes no sense: {type(error).__name__}") from None
         except exceptions.BotoCoreError as error:
             raise StorageError(
                 f"s3://{self.name}: {next(iter(str(error).splitlines()), type(error).__name__)}",

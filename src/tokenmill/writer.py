@@ -20,7 +20,7 @@ import pyarrow as pa
 from tokenmill import layout
 from tokenmill import manifest as manifests
 from tokenmill.errors import StorageError
-from tokenmill.manifest import Count, Cursor, Manifest
+from tokenmill.manifest import Count, Cursor, Manifest, ShardRecord
 from tokenmill.pack import Block, Part
 from tokenmill.shard import Place, ShardFile, ShardStretch, ShardWriter, tally
 from tokenmill.skipped import SkippedRows
@@ -73,13 +73,21 @@ class Writer:
         manifest: of the data set, entered into as shards are finished.
         dtype: of a token.
         tokens_file: takes the tokens of all shards; None gives each a file of its own.
+        published: called, on a thread of its own, with each shard that is finished and recorded.
     """
 
     def __init__(
-        self, root: Path, manifest: Manifest, dtype: layout.TokenDType, tokens_file: TokensFile | None = None
+        self,
+        root: Path,
+        manifest: Manifest,
+        dtype: layout.TokenDType,
+        tokens_file: TokensFile | None = None,
+        *,
+        published: Callable[[ShardRecord], None] | None = None,
     ) -> None:
         self._root = root
         self._tokens_file = tokens_file
+        self._on_published = published
         self._manifest = manifest
         self._dtype = dtype
         paths = [file.path for file in manifest.files]
@@ -87,6 +95,7 @@ class Writer:
         self.skipped = SkippedRows(root, paths)
         self._writing = _Lane("write", waiting=_WAITING_PARTS)
         self._publishing = _Lane("publish", waiting=1)
+        self._sending = _Lane("send", waiting=1)  # no more shards than that wait on a disk that may be small
         self._shard: ShardWriter | None = None
         self._unfinished: list[ShardWriter] = []
         self._idle: list[Count] = []
@@ -119,6 +128,7 @@ class Writer:
         """Wait until all is written and recorded."""
         self._writing.drain()
         self._publishing.drain()
+        self._sending.drain()
         self._shutdown()
 
     def abandon(self) -> None:
@@ -135,6 +145,7 @@ class Writer:
     def _shutdown(self) -> None:
         self._writing.shutdown()
         self._publishing.shutdown()
+        self._sending.shutdown()
 
     def _append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
         if self._shard is None:
@@ -185,6 +196,8 @@ class Writer:
             self._save()
         name = layout.shard_name(record.index)
         log.info("%s: %d tokens, %d documents, sha256 %s", name, record.tokens, record.documents, record.sha256)
+        if self._on_published is not None:
+            self._sending.submit(self._on_published, record)
 
     def _save(self) -> None:
         begin = time.monotonic()

@@ -1,0 +1,331 @@
+"""Download: files of a store → a directory, many files and many ranges of each at once.
+
+A file is fetched in parts, which are hashed and written in order, so that what a killed run left is a
+prefix: the next one reads that back and goes on behind it. It gets its name when its digest is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenmill import layout, storage
+from tokenmill import manifest as manifests
+from tokenmill.errors import DataRootError, StorageError
+from tokenmill.manifest import Consolidated, Manifest
+from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path
+from tokenmill.transfer import RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+
+PART_NBYTES = 16 << 20
+FILES_AT_ONCE = 4
+_PARTS_AHEAD = 3
+"""Per file; memory is FILES_AT_ONCE × (_PARTS_AHEAD + 1) × PART_NBYTES."""
+
+_TRIES = 3
+"""For a file whose bytes arrive wrong."""
+
+
+def download(
+    store: FolderStore | BucketStore,
+    root: Path,
+    selection: Selection = Selection(),  # noqa: B008  # immutable
+    *,
+    dry_run: bool = False,
+    show: Show = lambda done, total: None,
+) -> Report:
+    """Bring the files of `store` that are missing or different in `root`.
+
+    Args:
+        store: where they are.
+        root: a directory; made if it does not exist.
+        selection: which files are meant.
+        dry_run: only say what would travel.
+        show: called with bytes that travelled and bytes that are to.
+
+    Raises:
+        StorageError: a file cannot be had, or its bytes are wrong.
+        DataRootError: `root` holds another data set, or is in use.
+    """
+    started = time.monotonic()
+    listed = store.files()
+    records = {name: _read_record(store, listed[name]) for name in RECORDS if name in listed}
+    manifest, record = _decoded(store, records)
+    if selection.is_whole and (lost := missing(manifest, record, listed)):
+        raise StorageError(
+            f"{store.name}: {lost[0]} is not there, but its records speak of it ({len(lost)} such files)",
+            next_step="upload the data set again, or name the files you want with --include",
+        )
+    wanted = {path: file for path, file in listed.items() if selection.takes(path)}
+    for path in wanted:
+        checked_path(path, store.name)
+    if not wanted:
+        raise StorageError(f"{store.name}: no file there that is meant", next_step="check the URL and the patterns")
+    _refuse_other(root, manifest)
+    if dry_run:
+        journal = Journal(root, store.name)
+        moved = [
+            Moved(file.path, file.nbytes, journal.has(file), 0 if journal.has(file) else file.nbytes, "not yet")
+            for file in wanted.values()
+        ]
+        return _report(store, root, moved, started, dry_run=True)
+    storage.make_root(root)
+    with storage.held(root):
+        run = _Download(store, root, wanted, digests(manifest, record), show)
+        moved = run.fetch({name: data for name, data in records.items() if name in wanted})
+    return _report(store, root, moved, started)
+
+
+def _report(store: Store, root: Path, moved: list[Moved], started: float, *, dry_run: bool = False) -> Report:
+    return Report(
+        source=store.name,
+        target=str(root),
+        files=moved,
+        seconds=round(time.monotonic() - started, 3),
+        retries=store.retrier.count,
+        dry_run=dry_run,
+    )
+
+
+def _read_record(store: Store, file: StoredFile) -> bytes:
+    """A small file whole, read until it is what its ETag says, or twice the same."""
+    before: bytes | None = None
+    for _ in range(_TRIES + 1):
+        data = bytes(store.read(file, 0, file.nbytes))
+        tag = Tag(file.etag, store.part_nbytes(file))
+        tag.update(data)
+        if (tag.is_known and tag.matches) or data == before:
+            return data
+        before = data
+    raise StorageError(f"{store.name}/{file.path}: arrives differently each time", next_step="check the network")
+
+
+def _decoded(store: Store, records: dict[str, bytes]) -> tuple[Manifest | None, Consolidated | None]:
+    """The records, if they are tokenmill's."""
+    name = store.name
+    try:
+        manifest = manifests.decode(records[layout.MANIFEST], Manifest, name) if layout.MANIFEST in records else None
+        record = (
+            manifests.decode(records[layout.CONSOLIDATED], Consolidated, name)
+            if layout.CONSOLIDATED in records
+            else None
+        )
+    except DataRootError as error:
+        raise StorageError(error.message, next_step="leave it out: --exclude '*.json'") from None
+    return manifest, record
+
+
+def _refuse_other(root: Path, theirs: Manifest | None) -> None:
+    """What is in `root` already must be of the same data set."""
+    ours = manifests.load(root) if root.is_dir() else None
+    if ours is None or theirs is None:
+        return
+    if (ours.fingerprint, ours.tokenizer.sha256) != (theirs.fingerprint, theirs.tokenizer.sha256):
+        raise DataRootError(
+            f"{root}: holds another data set: fingerprint {ours.fingerprint} there, {theirs.fingerprint} in the store",
+            next_step="choose another directory",
+        )
+
+
+class _Fetched(NamedTuple):
+    """A file on its way."""
+
+    sha256: str
+    tag: Tag
+    moved_nbytes: int
+
+
+class _Download:
+    """One run, whose lock is held."""
+
+    def __init__(
+        self, store: Store, root: Path, wanted: dict[str, StoredFile], known: dict[str, str], show: Show
+    ) -> None:
+        self._store = store
+        self._root = root
+        self._wanted = wanted
+        self._known = known
+        self._show = show
+        self._journal = Journal(root, store.name)
+        self._lock = threading.Lock()
+        self._done_nbytes = 0
+        self._total_nbytes = 0
+        self._files = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file")
+        self._parts = ThreadPoolExecutor(FILES_AT_ONCE * (_PARTS_AHEAD + 1), thread_name_prefix="part")
+        self._stopped = False
+
+    def fetch(self, records: dict[str, bytes]) -> list[Moved]:
+        """All files, then the records."""
+        data = [file for path, file in self._wanted.items() if path not in records]
+        there = [file for file in data if self._journal.has(file)]
+        todo = [file for file in data if not self._journal.has(file)]
+        self._total_nbytes = sum(file.nbytes for file in todo)
+        self._check_disk(todo)
+        moved = [Moved(file.path, file.nbytes, True, 0, self._proof(file)) for file in there]
+        try:
+            futures = [self._files.submit(self._bring, file) for file in todo]
+            for future in futures:
+                moved.append(future.result())
+        except BaseException:
+            self._stopped = True
+            self._store.retrier.stop()
+            raise
+        finally:
+            self._files.shutdown(cancel_futures=True)
+            self._parts.shutdown(cancel_futures=True)
+        for name in RECORDS:
+            if name in records:
+                moved.append(self._put_record(self._wanted[name], records[name]))
+        return sorted(moved, key=lambda file: file.path)
+
+    def _put_record(self, file: StoredFile, data: bytes) -> Moved:
+        path = self._root / file.path
+        is_new = not path.is_file() or path.read_bytes() != data
+        if is_new:
+            storage.write_whole(path, data)
+        self._journal.note(file)
+        return Moved(file.path, file.nbytes, not is_new, len(data) if is_new else 0, "etag")
+
+    def _check_disk(self, todo: list[StoredFile]) -> None:
+        needed = sum(max(0, file.nbytes - self._begun_nbytes(file)) for file in todo)
+        free = shutil.disk_usage(self._root).free
+        if needed > free:
+            raise StorageError(
+                f"{self._root}: the disk cannot hold the files: {needed / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free",
+                next_step="make room, or take fewer with --shards or --include",
+            )
+
+    def _proof(self, file: StoredFile) -> str:
+        if file.path in self._known:
+            return "sha256"
+        return "etag" if Tag(file.etag, 1).is_known else "size"
+
+    def _partial(self, file: StoredFile) -> Path:
+        """Its name holds what it is a beginning of."""
+        mark = hashlib.sha256(f"{self._store.name} {file.etag} {file.nbytes}".encode()).hexdigest()[:12]
+        path = self._root / file.path
+        return path.with_name(f"{path.name}.{mark}{layout.PARTIAL_SUFFIX}")
+
+    def _begun_nbytes(self, file: StoredFile) -> int:
+        partial = self._partial(file)
+        return partial.stat().st_size if partial.is_file() else 0
+
+    def _bring(self, file: StoredFile) -> Moved:
+        """Make the file here the one there."""
+        path = self._root / file.path
+        with storage.reported(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size == file.nbytes and self._is_same(path, file):
+            self._journal.note(file)
+            self._note_progress(file.nbytes)
+            return Moved(file.path, file.nbytes, True, 0, self._proof(file))
+        partial = self._partial(file)
+        for other in path.parent.glob(f"{_escaped(path.name)}.*{layout.PARTIAL_SUFFIX}"):
+            if other != partial:
+                with storage.reported(other):
+                    other.unlink()
+        before: str | None = None
+        for _ in range(_TRIES):
+            fetched = self._fetch(file, partial)
+            checked = self._check(file, fetched, before)
+            if checked is not None:
+                storage.publish(partial, path)
+                self._journal.note(file)
+                return Moved(file.path, file.nbytes, False, fetched.moved_nbytes, checked)
+            before = fetched.sha256
+            with storage.reported(partial):
+                partial.unlink()
+            self._note_progress(-file.nbytes)
+        expected = f"sha256 {self._known[file.path]}" if file.path in self._known else f"ETag {file.etag}"
+        raise StorageError(
+            f"{self._store.name}/{file.path}: arrived wrong {_TRIES} times: expected {expected}, found sha256 {before}",
+            next_step="if it is damaged in the store, upload it again; else check the network",
+        )
+
+    def _check(self, file: StoredFile, fetched: _Fetched, before: str | None) -> str | None:
+        """What proves the bytes; None if they are not those wanted."""
+        expected = self._known.get(file.path)
+        if expected is not None:
+            return "sha256" if fetched.sha256 == expected else None
+        if not fetched.tag.is_known:
+            return "size"
+        if fetched.tag.matches:
+            return "etag"
+        # The same bytes twice: then the store makes its ETags of something else.
+        return "size" if fetched.sha256 == before else None
+
+    def _is_same(self, path: Path, file: StoredFile) -> bool:
+        """Whether a file that is here, and of that size, has the bytes of the one there."""
+        tag = self._tag(file)
+        if file.path not in self._known and not tag.is_known:
+            return False
+        sha256 = hashlib.sha256()
+        with path.open("rb", buffering=0) as opened:
+            while data := opened.read(PART_NBYTES):
+                (tag if file.path not in self._known else sha256).update(data)
+        return sha256.hexdigest() == self._known[file.path] if file.path in self._known else tag.matches
+
+    def _tag(self, file: StoredFile) -> Tag:
+        if file.path in self._known:
+            return Tag("", None)  # the digest proves more
+        return Tag(file.etag, self._store.part_nbytes(file))
+
+    def _fetch(self, file: StoredFile, partial: Path) -> _Fetched:
+        """Bring what the partial file lacks; it is durable then."""
+        sha256, tag = hashlib.sha256(), self._tag(file)
+        if self._begun_nbytes(file) > file.nbytes:
+            partial.unlink()
+        with storage.reported(partial), partial.open("r+b" if partial.is_file() else "w+b") as opened:
+            begun = 0
+
+            def take(data: bytes | bytearray) -> None:
+                sha256.update(data)
+                if tag.is_known:
+                    tag.update(data)
+                self._note_progress(len(data))
+
+            while data := opened.read(PART_NBYTES):
+                begun += len(data)
+                take(data)
+            for part in self._parts_from(file, begun):
+                opened.write(part)
+                take(part)
+            opened.flush()
+            os.fsync(opened.fileno())
+        return _Fetched(sha256.hexdigest(), tag, file.nbytes - begun)
+
+    def _parts_from(self, file: StoredFile, offset: int) -> Iterator[bytes | bytearray]:
+        """The rest of a file in order, a few parts fetched ahead."""
+        begins = iter(range(offset, file.nbytes, PART_NBYTES))
+        coming: deque[Future[bytes | bytearray]] = deque()
+
+        def fetch_ahead() -> None:
+            while len(coming) <= _PARTS_AHEAD and (at := next(begins, None)) is not None:
+                coming.append(self._parts.submit(self._read, file, at, min(PART_NBYTES, file.nbytes - at)))
+
+        fetch_ahead()
+        while coming:
+            data = coming.popleft().result()
+            fetch_ahead()
+            yield data
+
+    def _read(self, file: StoredFile, offset: int, nbytes: int) -> bytes | bytearray:
+        if self._stopped:
+            raise StorageError(f"{file.path}: stopped", next_step="run the same command again")
+        return self._store.read(file, offset, nbytes)
+
+    def _note_progress(self, nbytes: int) -> None:
+        with self._lock:
+            self._done_nbytes += nbytes
+            self._show(self._done_nbytes, self._total_nbytes)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

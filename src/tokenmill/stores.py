@@ -1,0 +1,178 @@
+"""Stores: a folder of files, of this machine or of a bucket, as transfers see it."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from tokenmill import layout
+from tokenmill.errors import StorageError
+from tokenmill.options import StoreOptions
+from tokenmill.retry import Retrier, asked
+from tokenmill.s3 import Bucket, S3Object
+from tokenmill.storage import readable
+
+T = TypeVar("T")
+
+OURS = (layout.LOCK, layout.LOG, layout.TRANSFERS)
+"""Belong to a directory, not to the data set in it."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class StoredFile(NamedTuple):
+    """A file of a store."""
+
+    path: str
+    """Relative to the store, with `/`."""
+    nbytes: int
+    etag: str
+    """Another one means other bytes."""
+
+
+class Store(Protocol):
+    """Where files are. What is asked of it is tried again as `retry.Retrier` says, and raises `StorageError`."""
+
+    name: str
+    retrier: Retrier
+
+    def files(self) -> dict[str, StoredFile]:
+        """By path, sorted."""
+        ...
+
+    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes | bytearray:
+        """Bytes of a file that is still the one listed."""
+        ...
+
+    def part_nbytes(self, file: StoredFile) -> int | None:
+        """Size of the parts its ETag was made of, where it was; else None."""
+        ...
+
+
+def checked_path(path: str, store: str) -> str:
+    """The same path, which stays below the folder it is joined to, on any system.
+
+    Raises:
+        StorageError: it would leave it.
+    """
+    parts = path.split("/")
+    if (
+        "\\" in path
+        or _CONTROL.search(path)
+        or any(part in ("", ".", "..") for part in parts)
+        or re.match(r"[A-Za-z]:", path)
+    ):
+        raise StorageError(
+            f"{store}: refused the name {path!r}: it would leave the data root",
+            next_step="rename it in the store, or leave it out with --exclude",
+        )
+    return path
+
+
+class FolderStore:
+    """A directory of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = str(root)
+        self.retrier = Retrier()
+
+    def files(self) -> dict[str, StoredFile]:
+        """All regular files, links followed; none of what belongs to the directory only."""
+        if not self.root.is_dir():
+            raise StorageError(f"{self.root}: no such directory", next_step="check the path")
+        found = {}
+        for folder, folders, names in os.walk(self.root):
+            folders.sort()
+            for name in names:
+                relative = Path(folder, name).relative_to(self.root).as_posix()
+                if relative in OURS or relative.endswith(layout.PARTIAL_SUFFIX) or not Path(folder, name).is_file():
+                    continue
+                found[relative] = self.file(relative)
+        return dict(sorted(found.items()))
+
+    def file(self, path: str) -> StoredFile:
+        """One of them."""
+        with readable(self.root / path):
+            stat = (self.root / path).stat()
+        return StoredFile(path, stat.st_size, str(stat.st_mtime_ns))
+
+    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
+        path = self.root / file.path
+        with readable(path), path.open("rb") as opened:
+            opened.seek(offset)
+            data = opened.read(nbytes)
+        if len(data) != nbytes:
+            raise StorageError(
+                f"{path}: expected {file.nbytes} bytes, found {offset + len(data)}",
+                next_step="something else writes to it: wait, then run the same command again",
+            )
+        return data
+
+    def part_nbytes(self, file: StoredFile) -> int | None:
+        return None
+
+
+class BucketStore:
+    """All below a prefix of a bucket."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        from tokenmill.http import HttpClient
+
+        name, _, prefix = url.partition("://")[2].partition("/")
+        if not name:
+            raise StorageError(f"{url}: expected s3://BUCKET/PREFIX", next_step="correct the URL")
+        self.name = url.rstrip("/")
+        self.retrier = Retrier()
+        self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self.bucket = Bucket(name, HttpClient(), endpoint_url=options.endpoint_url, anonymous=options.anonymous)
+
+    def ask(self, what: str, task: Callable[[], T]) -> T:
+        """The result of a task on the bucket."""
+        return asked(
+            f"{self.name}/{what}".rstrip("/"),
+            self.retrier,
+            task,
+            kind=StorageError,
+            changed=StorageError,
+            login="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (a session may have expired)",
+        )
+
+    def key(self, path: str) -> str:
+        return self.prefix + path
+
+    def files(self) -> dict[str, StoredFile]:
+        listed = self.ask("", lambda: list(self.bucket.objects(self.prefix)))
+        found = {}
+        for each in listed:
+            path = each.key.removeprefix(self.prefix)
+            if path and not path.endswith("/") and path not in OURS:  # folders are shown as empty objects
+                found[path] = StoredFile(path, each.nbytes, each.etag)
+        return dict(sorted(found.items()))
+
+    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytearray:
+        found = S3Object(self.key(file.path), file.nbytes, file.etag)
+        return self.ask(file.path, lambda: self.bucket.read(found, offset, nbytes))
+
+    def part_nbytes(self, file: StoredFile) -> int | None:
+        if "-" not in file.etag:
+            return None
+        return self.ask(file.path, lambda: self.bucket.first_part_nbytes(self.key(file.path)))
+
+
+def open_store(url: str, options: StoreOptions) -> FolderStore | BucketStore:
+    """What `url` means: `s3://BUCKET/PREFIX`, `file://` or a path.
+
+    Raises:
+        StorageError: none of these, or no credentials.
+    """
+    scheme, mark, _ = url.partition("://")
+    if mark and scheme == "s3":
+        return BucketStore(url, options)
+    if mark and scheme != "file":
+        raise StorageError(f"{url}: no data root is kept at {scheme}://", next_step="use s3://, file:// or a path")
+    return FolderStore(Path(urllib.parse.unquote(url.removeprefix("file://"))))

@@ -1,0 +1,361 @@
+"""Upload: the files of a data root → a bucket, or another directory; the manifest last.
+
+A large file goes in equal parts, several at once. Parts of an upload that was interrupted are kept where
+they are those of the file, and uploads that nobody will go on with are aborted. What the store says it
+received is compared with what was sent, and what was read with the manifest, in the same pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tokenmill import layout, storage
+from tokenmill import manifest as manifests
+from tokenmill.download import download
+from tokenmill.errors import DataRootError, StorageError
+from tokenmill.retry import AnswerError, ChangedError, TransientError
+from tokenmill.s3 import S3Object, UploadedPart, md5_etag, parts_etag
+from tokenmill.stores import BucketStore, FolderStore, StoredFile
+from tokenmill.transfer import RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+
+PART_NBYTES = 16 << 20
+MAX_PARTS = 10_000
+"""S3's limit, and R2's, which also wants all parts but the last of one size."""
+
+FILES_AT_ONCE = 4
+IN_FLIGHT_NBYTES = 256 << 20
+_PARTS_AT_ONCE = 4
+"""Of one file."""
+
+
+def part_nbytes(nbytes: int) -> int:
+    """Size of the parts a file is sent in: the same for the same file, and never more than `MAX_PARTS` of them."""
+    if nbytes <= PART_NBYTES * MAX_PARTS:
+        return PART_NBYTES
+    least = -(-nbytes // MAX_PARTS)
+    return -(-least // (1 << 20)) << 20
+
+
+def upload(
+    root: Path,
+    store: FolderStore | BucketStore,
+    selection: Selection = Selection(),  # noqa: B008  # immutable
+    *,
+    dry_run: bool = False,
+    show: Show = lambda done, total: None,
+) -> Report:
+    """Bring the files of the data root that are missing or different in `store` there.
+
+    Args:
+        root: the data root.
+        store: where to.
+        selection: which files are meant.
+        dry_run: only say what would travel.
+        show: called with bytes that travelled and bytes that are to.
+
+    Raises:
+        StorageError: the store refuses, or says it received other bytes.
+        DataRootError: a file is not the one the manifest records, is missing, or the root is in use.
+    """
+    here = FolderStore(root)
+    if isinstance(store, FolderStore):
+        return download(here, store.root, selection, dry_run=dry_run, show=show)
+    started = time.monotonic()
+    wanted = {path: file for path, file in here.files().items() if selection.takes(path)}
+    if not wanted:
+        raise DataRootError(f"{root}: no file there that is meant", next_step="check the directory and the patterns")
+    sender = Sender(root, store, show)
+    if dry_run:
+        there = {path: sender.is_there(file) for path, file in wanted.items()}
+        moved = [
+            Moved(path, file.nbytes, there[path], 0 if there[path] else file.nbytes, "not yet")
+            for path, file in wanted.items()
+        ]
+    else:
+        with storage.held(root):
+            moved = sender.send(wanted)
+    return Report(
+        source=str(root),
+        target=store.name,
+        files=moved,
+        seconds=round(time.monotonic() - started, 3),
+        retries=store.retrier.count,
+        dry_run=dry_run,
+    )
+
+
+class Sender:
+    """Sends files of a data root, whose lock is held, to a bucket.
+
+    Args:
+        root: the data root.
+        store: where to; listed once, now.
+        show: called with bytes that travelled and bytes that are to.
+    """
+
+    def __init__(self, root: Path, store: BucketStore, show: Show = lambda done, total: None) -> None:
+        self._root = root
+        self._here = FolderStore(root)
+        self._store = store
+        self._show = show
+        self._there = store.files()
+        self._journal = Journal(root, store.name)
+        self._lock = threading.Lock()
+        self._done_nbytes = 0
+        self._total_nbytes = 0
+        self._stopped = False
+        self._pool = ThreadPoolExecutor(FILES_AT_ONCE * _PARTS_AT_ONCE, thread_name_prefix="part")
+
+    def is_there(self, file: StoredFile) -> bool:
+        """Whether the store is known to hold that file."""
+        there = self._there.get(file.path)
+        return there is not None and self._journal.has(there)
+
+    def was_sent(self, path: str) -> bool:
+        """Whether an earlier run sent the file of that name, which may be gone here, and it is there still."""
+        there = self._there.get(path)
+        return there is not None and self._journal.sent(there)
+
+    def send(self, wanted: dict[str, StoredFile]) -> list[Moved]:
+        """Send files, the records last, and look whether all arrived."""
+        manifest, record = manifests.load(self._root), manifests.load_consolidated(self._root)
+        known = digests(manifest, record)
+        if layout.MANIFEST in wanted:
+            lost = missing(manifest, record, {*wanted, *self._there})
+            if lost:
+                raise DataRootError(
+                    f"{self._root}: {lost[0]} is missing, and the store has none ({len(lost)} such files)",
+                    next_step="restore it, or make it again with tokenmill pretokenize",
+                )
+        data = [file for path, file in wanted.items() if path not in RECORDS]
+        self._total_nbytes = sum(file.nbytes for file in wanted.values() if not self.is_there(file))
+        try:
+            self._withdraw_manifest(data)
+            with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file") as files:
+                try:
+                    futures = [files.submit(self.send_file, file, known.get(file.path)) for file in data]
+                    moved = [future.result() for future in futures]
+                except BaseException:
+                    self.stop()
+                    files.shutdown(cancel_futures=True)
+                    raise
+            self._look([file.path for file in moved])
+            moved += [self.send_file(wanted[name], None) for name in RECORDS if name in wanted]
+            self._look([file.path for file in moved])
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        return sorted(moved, key=lambda file: file.path)
+
+    @property
+    def name(self) -> str:
+        """Of the store."""
+        return self._store.name
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped = True
+        self._store.retrier.stop()
+
+    def _withdraw_manifest(self, data: list[StoredFile]) -> None:
+        """A manifest there must not speak of files that are about to become others."""
+        if layout.MANIFEST not in self._there:
+            return
+        if any(file.path in self._there and not self.is_there(file) and not self._equals(file) for file in data):
+            name = layout.MANIFEST
+            self._store.ask(name, lambda: self._store.bucket.delete(self._store.key(name)))
+            del self._there[name]
+
+    def _look(self, paths: list[str]) -> None:
+        """What the store lists must be what was sent."""
+        listed = self._store.files()
+        for path in paths:
+            expected, found = self._there[path], listed.get(path)
+            if found is None or (found.nbytes, found.etag) != (expected.nbytes, expected.etag):
+                raise StorageError(
+                    f"{self._store.name}/{path}: expected {expected.nbytes} bytes with ETag {expected.etag}, found "
+                    f"{'no such object' if found is None else f'{found.nbytes} bytes with ETag {found.etag}'}",
+                    next_step="if nothing else writes there, run the same command again",
+                )
+
+    def send_file(self, file: StoredFile, sha256: str | None) -> Moved:
+        """Make the file there the one here.
+
+        Args:
+            file: of the data root.
+            sha256: what its bytes must be, if it is known.
+        """
+        if self.is_there(file):
+            return Moved(file.path, file.nbytes, True, 0, "etag")
+        if self._equals(file):
+            self._journal.note(self._there[file.path])
+            self._note_progress(file.nbytes)
+            return Moved(file.path, file.nbytes, True, 0, "etag")
+        if file.nbytes <= PART_NBYTES:
+            etag, moved = self._send_whole(file, sha256)
+        else:
+            etag, moved = self._send_parts(file, sha256)
+        self._there[file.path] = StoredFile(file.path, file.nbytes, etag)
+        self._journal.note(self._there[file.path])
+        return Moved(file.path, file.nbytes, False, moved, "etag" if sha256 is None else "sha256")
+
+    def _equals(self, file: StoredFile) -> bool:
+        """Whether what is there has the bytes of the file, by its ETag."""
+        there = self._there.get(file.path)
+        if there is None or there.nbytes != file.nbytes:
+            return False
+        tag = Tag(there.etag, part_nbytes(file.nbytes))
+        if not tag.is_known:
+            return False
+        for at in range(0, file.nbytes, PART_NBYTES):
+            tag.update(self._read(file, at, min(PART_NBYTES, file.nbytes - at)))
+        return tag.matches
+
+    def _read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
+        if self._stopped:
+            raise StorageError(f"{file.path}: stopped", next_step="run the same command again")
+        return self._here.read(file, offset, nbytes)
+
+    def _refuse_damaged(self, file: StoredFile, expected: str | None, found: str) -> None:
+        if expected is not None and found != expected:
+            raise DataRootError(
+                f"{self._root / file.path}: expected sha256 {expected}, found {found}: not the file that was made",
+                next_step="tokenmill verify says more; tokenmill pretokenize makes a damaged shard again",
+            )
+
+    def _send_whole(self, file: StoredFile, sha256: str | None) -> tuple[str, int]:
+        data = self._read(file, 0, file.nbytes)
+        self._refuse_damaged(file, sha256, hashlib.sha256(data).hexdigest())
+        key = self._store.key(file.path)
+
+        def put() -> str:
+            etag = self._store.bucket.put(key, data)
+            if etag != md5_etag(data) and not self._holds(S3Object(key, len(data), etag), data):
+                raise TransientError("other bytes arrived than were sent")
+            return etag
+
+        etag = self._store.ask(file.path, put)
+        self._note_progress(len(data))
+        return etag, len(data)
+
+    def _holds(self, there: S3Object, data: bytes) -> bool:
+        """Whether an object whose ETag says nothing of its bytes has these."""
+        try:
+            return self._store.bucket.read(there, 0, len(data)) == data
+        except (AnswerError, ChangedError):
+            return False
+
+    def _send_parts(self, file: StoredFile, sha256: str | None) -> tuple[str, int]:
+        key, size = self._store.key(file.path), part_nbytes(file.nbytes)
+        upload, begun = self._resumed(file, key, size)
+        digest = hashlib.sha256()
+        parts: list[UploadedPart] = []
+        sums: list[str] = []
+        moved = 0
+        coming: deque[Future[UploadedPart]] = deque()
+        for number, at in enumerate(range(0, file.nbytes, size), start=1):
+            while len(coming) >= max(1, min(_PARTS_AT_ONCE, IN_FLIGHT_NBYTES // FILES_AT_ONCE // size)):
+                parts.append(coming.popleft().result())
+            data = self._read(file, at, min(size, file.nbytes - at))
+            digest.update(data)
+            sums.append(md5_etag(data))
+            held = begun.get(number)
+            if held is not None and (held.nbytes, held.etag) == (len(data), sums[-1]):
+                done: Future[UploadedPart] = Future()
+                done.set_result(held)
+                coming.append(done)
+                self._note_progress(len(data))
+            else:
+                coming.append(self._pool.submit(self._send_part, file.path, upload, number, data))
+                moved += len(data)
+        parts += [future.result() for future in coming]
+        if sha256 is not None and digest.hexdigest() != sha256:
+            self._abort(file.path, upload)
+            self._refuse_damaged(file, sha256, digest.hexdigest())
+        etag = self._complete(file, upload, parts, parts_etag(sums))
+        if etag != parts_etag(sums):
+            self._compare(file, etag, digest.hexdigest())
+        return etag, moved
+
+    def _resumed(self, file: StoredFile, key: str, size: int) -> tuple[str, dict[int, UploadedPart]]:
+        """The upload to go on with, and the parts it has; others of the same file are aborted."""
+        ask, bucket = self._store.ask, self._store.bucket
+        count = -(-file.nbytes // size)
+        last = file.nbytes - (count - 1) * size
+        chosen: tuple[str, dict[int, UploadedPart]] | None = None
+        for upload in reversed(ask(file.path, lambda: bucket.uploads(key))):
+            listed = ask(file.path, lambda upload=upload: bucket.parts(key, upload))  # type: ignore[misc]
+            held = {part.number: part for part in listed}
+            ours = all(part.nbytes == (size if part.number < count else last) for part in listed)
+            if chosen is None and held and ours and max(held) <= count:
+                chosen = upload, held
+            else:
+                self._abort(file.path, upload)
+        return chosen or (ask(file.path, lambda: bucket.begin_upload(key)), {})
+
+    def _abort(self, path: str, upload: str) -> None:
+        def abort() -> None:
+            try:
+                self._store.bucket.abort_upload(self._store.key(path), upload)
+            except AnswerError as error:
+                if error.status != 404:  # it ended by itself
+                    raise
+
+        self._store.ask(path, abort)
+
+    def _send_part(self, path: str, upload: str, number: int, data: bytes) -> UploadedPart:
+        key, md5 = self._store.key(path), md5_etag(data)
+        others: list[str] = []
+
+        def put() -> str:
+            if self._stopped:
+                raise StorageError(f"{path}: stopped", next_step="run the same command again")
+            etag = self._store.bucket.put_part(key, upload, number, data)
+            # Another ETag twice: the store makes them of something else, and the whole is read back later.
+            if etag != md5 and etag not in others:
+                others.append(etag)
+                raise TransientError("other bytes arrived than were sent")
+            return etag
+
+        etag = self._store.ask(path, put)
+        self._note_progress(len(data))
+        return UploadedPart(number, len(data), etag)
+
+    def _complete(self, file: StoredFile, upload: str, parts: list[UploadedPart], expected: str) -> str:
+        key, bucket = self._store.key(file.path), self._store.bucket
+
+        def complete() -> str:
+            try:
+                return bucket.complete_upload(key, upload, parts)
+            except AnswerError:
+                # An answer that was lost: the first try did it.
+                found = bucket.head(key)
+                if found is not None and (found.nbytes, found.etag) == (file.nbytes, expected):
+                    return found.etag
+                raise
+
+        return self._store.ask(file.path, complete)
+
+    def _compare(self, file: StoredFile, etag: str, expected: str) -> None:
+        """Read back what is there: its ETag says nothing of the bytes."""
+        there, found = StoredFile(file.path, file.nbytes, etag), hashlib.sha256()
+        for at in range(0, file.nbytes, PART_NBYTES):
+            found.update(self._store.read(there, at, min(PART_NBYTES, file.nbytes - at)))
+        if found.hexdigest() != expected:
+            self._store.ask(file.path, lambda: self._store.bucket.delete(self._store.key(file.path)))
+            raise StorageError(
+                f"{self._store.name}/{file.path}: expected sha256 {expected}, found {found.hexdigest()}: deleted there",
+                next_step="run the same command again",
+            )
+
+    def _note_progress(self, nbytes: int) -> None:
+        with self._lock:
+            self._done_nbytes += nbytes
+            self._show(self._done_nbytes, self._total_nbytes)

@@ -1,0 +1,495 @@
+"""Transfer: download and upload against a real S3 implementation on loopback, whole and through faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tenacity
+
+from conftest import command, text, write_parquet
+from servers import AWS, Proxy, moto, s3_client
+from tokenmill import download as downloads
+from tokenmill import errors, http, retry, s3, storage
+from tokenmill import upload as uploads
+from tokenmill.consolidation import consolidate
+from tokenmill.demo import TOKENIZER
+from tokenmill.download import download
+from tokenmill.options import StoreOptions
+from tokenmill.pipeline import pretokenize
+from tokenmill.recipe import Recipe
+from tokenmill.stores import FolderStore, checked_path, open_store
+from tokenmill.transfer import Selection, Tag, shard_range
+from tokenmill.upload import part_nbytes, upload
+
+HERE_ONLY = {".tokenmill.lock", "tokenmill.log", "transfers.json"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with moto() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials for loopback, and parts so small that small files have several."""
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(downloads, "PART_NBYTES", 2_048)
+    monkeypatch.setattr(uploads, "PART_NBYTES", 2_048)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A consolidated data root, with a file in it of which nothing is recorded."""
+    folder = tmp_path_factory.mktemp("made")
+    write_parquet(folder / "c" / "a.parquet", [text(i, 5 + i % 60) for i in range(200)])
+    recipe = Recipe(dataset=str(folder / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
+    pretokenize(recipe, folder / "root")
+    consolidate(folder / "root", seq_len=64)
+    (folder / "root" / "notes").mkdir()
+    (folder / "root" / "notes" / "extra.bin").write_bytes(random.Random(1).randbytes(9_000))
+    (folder / "root" / "empty.txt").write_bytes(b"")
+    return folder / "root"
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "root", ignore=lambda *_: HERE_ONLY))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in HERE_ONLY
+    }
+
+
+def bucket(endpoint: str, prefix: str) -> dict[str, str]:
+    client = s3_client(endpoint)
+    listed = client.list_objects_v2(Bucket="bucket", Prefix=f"{prefix}/").get("Contents", [])
+    return {
+        each["Key"].removeprefix(f"{prefix}/"): hashlib.sha256(
+            client.get_object(Bucket="bucket", Key=each["Key"])["Body"].read()
+        ).hexdigest()
+        for each in listed
+    }
+
+
+def pending(endpoint: str, prefix: str) -> list[str]:
+    found = s3_client(endpoint).list_multipart_uploads(Bucket="bucket", Prefix=f"{prefix}/")
+    return [entry["Key"] for entry in found.get("Uploads", [])]
+
+
+def store(endpoint: str, prefix: str):
+    return open_store(f"s3://bucket/{prefix}", StoreOptions(endpoint))
+
+
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_there_and_back(server: str, root: Path, tmp_path: Path) -> None:
+    sent = cli("upload", root, "s3://bucket/back", "--endpoint-url", server)
+    assert sent.returncode == 0, sent.stderr
+    assert bucket(server, "back") == contents(root)
+    again = cli("upload", root, "s3://bucket/back/", "--endpoint-url", server)
+    assert "0 files, 0.000 GB; " in again.stdout, again.stdout
+    brought = cli("download", "s3://bucket/back", tmp_path / "new", "--endpoint-url", server)
+    assert brought.returncode == 0, brought.stderr
+    assert contents(tmp_path / "new") == contents(root)
+    assert "files compared with SHA-256 of the manifest" in brought.stdout
+    again = cli("download", "s3://bucket/back", tmp_path / "new", "--endpoint-url", server, "--json")
+    assert sum(file["moved_nbytes"] for file in json.loads(again.stdout)["files"]) == 0
+    assert cli("verify", tmp_path / "new").returncode == 0
+    assert not list((tmp_path / "new").rglob("*.partial"))
+
+
+def test_directories_are_stores_too(root: Path, tmp_path: Path) -> None:
+    assert cli("upload", root, f"file://{tmp_path}/a").returncode == 0
+    assert cli("download", tmp_path / "a", tmp_path / "b").returncode == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(root)
+
+
+def test_only_what_is_missing_or_different_travels(server: str, root: Path, tmp_path: Path) -> None:
+    there = store(server, "diff")
+    upload(root, there)
+    new = tmp_path / "new"
+    download(there, new)
+    (new / "train_000001.npy").unlink()
+    torn = bytearray((new / "train_000000.npy").read_bytes())
+    torn[500] ^= 1
+    (new / "train_000000.npy").write_bytes(torn)
+    os.utime(new / "documents_000000.parquet")  # touched, not changed: hashed, and kept
+    (new / "transfers.json").write_text("no journal")
+    moved = [file.path for file in download(store(server, "diff"), new).moved if file.nbytes]
+    assert moved == ["train_000000.npy", "train_000001.npy"]
+    assert contents(new) == contents(root)
+
+    (root / "notes" / "extra.bin").write_bytes(b"another")
+    (root / "transfers.json").unlink()
+    moved = [file.path for file in upload(root, store(server, "diff")).moved if file.nbytes]
+    assert moved == ["manifest.json", "notes/extra.bin"]  # withdrawn while a file under it changed
+    assert bucket(server, "diff") == contents(root)
+
+
+def test_selections_and_dry_run(server: str, root: Path, tmp_path: Path) -> None:
+    upload(root, store(server, "some"))
+    plan = cli("download", "s3://bucket/some", tmp_path / "no", "--endpoint-url", server, "--dry-run")
+    assert f"{len(contents(root))} files" in plan.stdout
+    assert not (tmp_path / "no").exists()
+    two = cli("download", "s3://bucket/some", tmp_path / "two", "--endpoint-url", server, "--shards", "1-2")
+    names = {f"{kind}_00000{n}.{end}" for n in (1, 2) for kind, end in (("train", "npy"), ("documents", "parquet"))}
+    assert (two.returncode, set(contents(tmp_path / "two"))) == (0, names)
+    assert "4 files compared with SHA-256 of the manifest" in two.stdout
+    patterns = Selection(include=("*.npy", "*.bin"), exclude=("tokens.*", "train_*1.npy"))
+    download(store(server, "some"), tmp_path / "p", patterns)
+    expected = {path for path in contents(root) if path.endswith((".npy", ".bin"))}
+    assert set(contents(tmp_path / "p")) == expected - {"tokens.bin", "train_000001.npy"}
+    with pytest.raises(errors.StorageError, match="no file there that is meant"):
+        download(store(server, "some"), tmp_path / "q", Selection(include=("*.nope",)))
+    for wrong in ("3-1", "x", "-1"):
+        with pytest.raises(errors.StorageError, match="--shards"):
+            shard_range(wrong)
+
+
+def test_a_wrong_file_in_the_store_is_refused(server: str, root: Path, tmp_path: Path) -> None:
+    """Damaged there: same size, another byte. Nothing of it gets its name here."""
+    upload(root, store(server, "damaged"))
+    wrong = bytearray((root / "train_000001.npy").read_bytes())
+    wrong[1_000] ^= 4
+    s3_client(server).put_object(Bucket="bucket", Key="damaged/train_000001.npy", Body=bytes(wrong))
+    result = cli("download", "s3://bucket/damaged", tmp_path / "new", "--endpoint-url", server)
+    assert result.returncode == 6
+    assert "damaged/train_000001.npy: arrived wrong 3 times" in result.stderr
+    assert not (tmp_path / "new" / "train_000001.npy").exists()
+    assert not (tmp_path / "new" / "manifest.json").exists()
+
+
+def test_a_wrong_file_here_is_not_sent(server: str, root: Path) -> None:
+    for name in ("train_000001.npy", "documents_000000.parquet"):
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(errors.DataRootError, match=f"{name}: expected sha256"):
+            upload(root, store(server, f"bad-{name}"))
+        assert "manifest.json" not in bucket(server, f"bad-{name}")
+        assert name not in bucket(server, f"bad-{name}")
+        (root / name).write_bytes(whole)
+    (root / "documents_000001.parquet").unlink()
+    with pytest.raises(errors.DataRootError, match=r"documents_000001\.parquet is missing"):
+        upload(root, store(server, "bad-none"))
+
+
+def test_a_half_data_set_in_the_store_is_told(server: str, root: Path, tmp_path: Path) -> None:
+    upload(root, store(server, "half"))
+    s3_client(server).delete_object(Bucket="bucket", Key="half/sample_ids.bin")
+    with pytest.raises(errors.StorageError, match=r"sample_ids\.bin is not there, but its records speak of it"):
+        download(store(server, "half"), tmp_path / "new")
+    download(store(server, "half"), tmp_path / "new", Selection(include=("train_*",)))
+
+
+def test_another_data_set_is_not_mixed_in(server: str, root: Path, tmp_path: Path) -> None:
+    upload(root, store(server, "one"))
+    write_parquet(tmp_path / "c" / "a.parquet", [text(i, 9) for i in range(90)])
+    pretokenize(Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=700), tmp_path / "other")
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        download(store(server, "one"), tmp_path / "other")
+    with storage.held(root), pytest.raises(errors.DataRootError, match="another tokenmill process"):
+        upload(root, store(server, "two"))
+
+
+ESCAPES = ["../up", "a/../../b", "/abs", "a//b", "C:/x", "c:x", "a\\b", "..", "a/./b", "x\n", "a/\x00"]
+
+
+@pytest.mark.parametrize("path", ESCAPES)
+def test_keys_that_leave_the_data_root_are_refused(path: str) -> None:
+    with pytest.raises(errors.StorageError, match="it would leave the data root"):
+        checked_path(path, "s3://b")
+
+
+def test_keys_of_a_bucket_are_checked(server: str, tmp_path: Path) -> None:
+    s3_client(server).put_object(Bucket="bucket", Key="evil/..\\..\\up.npy", Body=b"x")
+    with pytest.raises(errors.StorageError, match="it would leave the data root"):
+        download(store(server, "evil"), tmp_path / "deep" / "er")
+    assert not list(tmp_path.rglob("up*"))
+    for good in ("a", "train_000000.npy", "a/b.c", "...", "ä ö"):
+        assert checked_path(good, "") == good
+
+
+def test_files_without_a_manifest_are_held_to_etags(server: str, tmp_path: Path) -> None:
+    """What the original's users have: shards in a bucket, uploaded by another tool in its own parts."""
+    client, data = s3_client(server), random.Random(2).randbytes(20_000)
+    client.put_object(Bucket="bucket", Key="bare/small.npy", Body=data[:900])
+    key = {"Bucket": "bucket", "Key": "bare/large.npy"}
+    begun = client.create_multipart_upload(**key)["UploadId"]
+    parts = [
+        {
+            "PartNumber": n + 1,
+            "ETag": client.upload_part(**key, UploadId=begun, PartNumber=n + 1, Body=data[at : at + 7_000])["ETag"],
+        }
+        for n, at in enumerate(range(0, len(data), 7_000))
+    ]
+    client.complete_multipart_upload(**key, UploadId=begun, MultipartUpload={"Parts": parts})
+    there = store(server, "bare")
+    result = download(there, tmp_path / "new")
+    assert (tmp_path / "new" / "large.npy").read_bytes() == data
+    assert {file.path: file.checked for file in result.files} == {"large.npy": "etag", "small.npy": "etag"}
+    tag = Tag(there.files()["large.npy"].etag, 7_000)
+    for at in range(0, len(data), 333):
+        tag.update(data[at : at + 333])
+    assert tag.matches
+
+
+def test_part_sizes_are_equal_few_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "PART_NBYTES", 16 << 20)
+    for nbytes in (1, 16 << 20, 160 << 30, (160_000 << 20) + 1, 322_122_547_200, 5 << 40):
+        size = part_nbytes(nbytes)
+        assert 5 << 20 <= size <= 5 << 30
+        assert -(-nbytes // size) <= 10_000
+        assert size % (1 << 20) == 0
+
+
+@pytest.mark.parametrize("kind", ["upload", "download"])
+def test_killed_transfers_go_on_in_the_middle_of_a_file(server: str, root: Path, tmp_path: Path, kind: str) -> None:
+    """kill -9 at random moments; at the end all is right, and no part travels that had arrived."""
+    (root / "notes" / "extra.bin").write_bytes(random.Random(3).randbytes(20_000_000))
+    expected = {path: sha256 for path, sha256 in contents(root).items() if not path.endswith(".npy")}
+    prefix = f"killed-{kind}"
+    if kind == "download":
+        upload(root, store(server, prefix))
+    program = (
+        "import sys; from tokenmill import download, upload; download.PART_NBYTES = upload.PART_NBYTES = 65_536;"
+        "from tokenmill.cli import main; main()"
+    )
+    new = tmp_path / "new"
+    ends = ["upload", root, f"s3://bucket/{prefix}"] if kind == "upload" else ["download", f"s3://bucket/{prefix}", new]
+    line = command(*ends, "--endpoint-url", server, "--json", "--exclude", "*.npy")
+    line[1:3] = ["-c", program]
+    rng = random.Random(4)
+    moved = 0
+    for _ in range(8):
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            time.sleep(rng.uniform(0.4, 1.2))
+            process.kill()
+            moved += process.wait() == -signal.SIGKILL
+        if kind == "upload":
+            there = bucket(server, prefix)
+            assert ("manifest.json" in there) <= (there == expected)
+    assert moved
+    last = subprocess.run(line, capture_output=True, check=True, timeout=100)
+    assert json.loads(last.stdout)["files"]
+    assert (bucket(server, prefix) if kind == "upload" else contents(new)) == expected
+    assert pending(server, prefix) == []
+
+
+def test_a_begun_download_is_gone_on_with(server: str, root: Path, tmp_path: Path) -> None:
+    upload(root, store(server, "begun"))
+    there, new = store(server, "begun"), tmp_path / "new"
+    file = there.files()["tokens.bin"]
+    new.mkdir()
+    run = downloads._Download(there, new, {}, {}, lambda done, total: None)
+    whole = (root / "tokens.bin").read_bytes()
+    run._partial(file).write_bytes(whole[:5_000])
+    (new / "tokens.bin.0123456789ab.partial").write_bytes(b"of another version")
+    moved = {each.path: each.moved_nbytes for each in download(there, new).files}
+    assert moved["tokens.bin"] == len(whole) - 5_000
+    assert contents(new) == contents(root)
+    # A torn beginning is found by the digest, and the file is fetched anew.
+    (new / "tokens.bin").unlink()
+    run._partial(file).write_bytes(bytes(5_000))
+    download(there, new)
+    assert contents(new) == contents(root)
+
+
+def test_a_begun_upload_is_gone_on_with_and_others_are_aborted(server: str, root: Path) -> None:
+    there = store(server, "begun-up")
+    key = "begun-up/tokens.bin"
+    whole = (root / "tokens.bin").read_bytes()
+    foreign = there.bucket.begin_upload(key)
+    there.bucket.put_part(key, foreign, 1, bytes(3_000))
+    begun = there.bucket.begin_upload(key)
+    there.bucket.put_part(key, begun, 2, whole[2_048:4_096])
+    there.bucket.put_part(key, begun, 3, bytes(2_048))  # not what the file has there
+    moved = {each.path: each.moved_nbytes for each in upload(root, there).files}
+    assert moved["tokens.bin"] == len(whole) - 2_048
+    assert bucket(server, "begun-up") == contents(root)
+    assert pending(server, "begun-up") == []
+
+
+@pytest.fixture
+def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setattr(retry, "_backoff", tenacity.wait_none())
+    for module in (http, s3):
+        monkeypatch.setattr(module, "STALL_SECONDS", 0.4)
+    proxy = Proxy(server)
+    yield proxy
+    proxy.close()
+
+
+def test_random_faults_never_let_wrong_bytes_through(server: str, proxy: Proxy, root: Path, tmp_path: Path) -> None:
+    """200 schedules of resets, truncations, flipped bytes, stalls and 503s, both ways.
+
+    What is reported done is right; what fails names a file and leaves nothing wrong under its name; and the
+    next run without faults makes it whole.
+    """
+    expected = contents(root)
+    passed = failed = 0
+    seen: set[str] = set()
+    schedules = 100  # each for an upload and a download
+    for seed in range(schedules):
+        prefix, new = f"faults-{seed}", tmp_path / f"new-{seed}"
+        proxy.rng, proxy.rate, proxy.faults = random.Random(seed), [0.005, 0.02, 0.05, 0.15][seed % 4], []
+        for _attempt in range(2):
+            try:
+                upload(root, store(proxy.url, prefix))
+            except errors.TokenmillError as error:
+                failed += 1
+                assert f"bucket/{prefix}" in str(error)  # noqa: PT017  # sometimes it passes
+                assert ("manifest.json" in bucket(server, prefix)) <= (
+                    {**bucket(server, prefix), **expected} == bucket(server, prefix)
+                )
+            else:
+                passed += 1
+                break
+        upload(root, store(server, prefix))
+        there = bucket(server, prefix)
+        assert {path: there.get(path) for path in expected} == expected
+        (root / "transfers.json").unlink()
+        for path in set(there) - set(expected):  # a flipped bit in a key
+            s3_client(server).delete_object(Bucket="bucket", Key=f"{prefix}/{path}")
+        try:
+            download(store(proxy.url, prefix), new)
+        except errors.TokenmillError as error:
+            failed += 1
+            assert f"bucket/{prefix}" in str(error)  # noqa: PT017
+        else:
+            passed += 1
+            assert contents(new) == expected
+        here = {path: sha256 for path, sha256 in contents(new).items() if not path.endswith(".partial")}
+        assert {path: expected.get(path) for path in here} == here
+        download(store(server, prefix), new)
+        assert contents(new) == expected
+        seen.update(proxy.faults)
+        shutil.rmtree(new)
+    assert seen == set(Proxy.KINDS)
+    assert passed > 100
+    assert failed > 10
+
+
+def test_ctrl_c_is_prompt_and_harmless(server: str, root: Path, tmp_path: Path) -> None:
+    (root / "notes" / "extra.bin").write_bytes(random.Random(3).randbytes(60_000_000))
+    upload(root, store(server, "stop"), Selection(include=("notes/*",)))
+    line = command("download", "s3://bucket/stop", tmp_path / "new", "--endpoint-url", server)
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.rglob("*.partial")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=30)
+    assert (process.returncode, "run the same command again to go on" in shown) in ((130, True), (0, False))
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_straight_to_the_bucket(server: str, tmp_path: Path, keep: bool) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", [text(i, 5 + i % 60) for i in range(200)])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
+    pretokenize(recipe, tmp_path / "local")
+    prefix = f"straight-{keep}"
+    summary = pretokenize(
+        recipe,
+        tmp_path / "out",
+        store=StoreOptions(server),
+        upload_to=f"s3://bucket/{prefix}",
+        keep_local=keep,
+    )
+    assert (summary.status, summary.uploaded_to) == ("complete", f"s3://bucket/{prefix}")
+    there = bucket(server, prefix)
+    local = contents(tmp_path / "local")
+    assert there.keys() == local.keys()
+    assert {p: s for p, s in there.items() if p != "manifest.json"} == {
+        p: s for p, s in local.items() if p != "manifest.json"
+    }
+    assert any((tmp_path / "out").glob("train_*")) is keep
+    again = pretokenize(
+        recipe,
+        tmp_path / "out",
+        store=StoreOptions(server),
+        upload_to=f"s3://bucket/{prefix}",
+        keep_local=keep,
+    )
+    assert again.status == "already complete"
+    s3_client(server).delete_object(Bucket="bucket", Key=f"{prefix}/train_000001.npy")
+    mended = pretokenize(
+        recipe,
+        tmp_path / "out",
+        store=StoreOptions(server),
+        upload_to=f"s3://bucket/{prefix}",
+        keep_local=keep,
+    )
+    assert mended.remade == ([] if keep else ["train_000001.npy"])
+    assert {**bucket(server, prefix), "manifest.json": ""} == {**there, "manifest.json": ""}
+    download(store(server, prefix), tmp_path / "back")
+    assert cli("verify", tmp_path / "back", "--deep", 9).returncode == 0
+
+
+def test_straight_to_the_bucket_survives_kills(server: str, tmp_path: Path) -> None:
+    for number in range(4):
+        write_parquet(tmp_path / "c" / f"{number}.parquet", [text(number * 9_999 + i, 60) for i in range(2_000)])
+    flags = ["--dataset", tmp_path / "c", "--tokenizer", TOKENIZER, "--shard-size", 60_000, "--buffer-size", 100]
+    assert cli("pretokenize", tmp_path / "local", *flags).returncode == 0
+    target = ["--upload-to", "s3://bucket/kills", "--keep-local", "no", "--endpoint-url", server]
+    line = command("pretokenize", tmp_path / "out", *flags, *target)
+    rng = random.Random(6)
+    killed = 0
+    for round_ in range(6):
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(sent(tmp_path / "out"))) < 4 * (round_ + 1):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        assert len(list((tmp_path / "out").glob("train_*.npy"))) < 8
+    assert killed
+    assert cli(*line[3:]).returncode == 0
+    there, local = bucket(server, "kills"), contents(tmp_path / "local")
+    del there["manifest.json"], local["manifest.json"]
+    assert there == local
+    assert not list((tmp_path / "out").glob("train_*"))
+
+
+def sent(root: Path) -> list[str]:
+    """Names of the shards and documents that its journal says are in the bucket."""
+    path = root / "transfers.json"
+    return list(next(iter(json.loads(path.read_bytes()).values()), {})) if path.exists() else []
+
+
+def test_upload_to_refusals(tmp_path: Path, server: str) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", ["a text"])
+    base = ["pretokenize", tmp_path / "out", "--dataset", tmp_path / "c", "--tokenizer", TOKENIZER]
+    for flags, message in (
+        (["--keep-local", "no"], "name a bucket with --upload-to"),
+        (["--upload-to", tmp_path / "x"], "expected s3://BUCKET/PREFIX"),
+        (["--upload-to", "s3://nonesuch/x", "--endpoint-url", server], "NoSuchBucket"),
+        (["--upload-to", "s3://bucket/x", "--keep-local", "no", "--consolidated", "--endpoint-url", server], "piece"),
+    ):
+        result = cli(*base, *flags)
+        assert (result.returncode, message in result.stderr) == (6, True), result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_folder_store_lists_what_belongs_to_the_data_set(root: Path) -> None:
+    (root / "x.partial").write_bytes(b"")
+    (root / "tokenmill.log").write_text("")
+    assert set(FolderStore(root).files()) == set(contents(root)) - {"x.partial"}
