@@ -245,8 +245,8 @@ class Proxy:
         target: URL of the server.
     """
 
-    KINDS = ("reset", "truncate", "corrupt", "corrupt", "stall", "503")
-    STALL_SECONDS = 0.6
+    KINDS = ("reset", "truncate", "corrupt", "corrupt", "corrupt", "stall", "503")
+    STALL_SECONDS = 0.35
 
     def __init__(self, target: str) -> None:
         parts = urllib.parse.urlsplit(target)

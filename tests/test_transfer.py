@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A consolidated data root, with a file in it of which nothing is recorded."""
     folder = tmp_path_factory.mktemp("made")
     write_parquet(folder / "c" / "a.parquet", [text(i, 5 + i % 60) for i in range(200)])
-    recipe = Recipe(dataset=str(folder / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
+    recipe = Recipe(dataset=str(folder / "c"), tokenizer=str(TOKENIZER), shard_size=5_000, buffer_size=40)
     pretokenize(recipe, folder / "root")
     consolidate(folder / "root", seq_len=64)
     (folder / "root" / "notes").mkdir()
@@ -331,60 +331,62 @@ def test_a_begun_upload_is_gone_on_with_and_others_are_aborted(server: str, root
 def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setattr(retry, "_backoff", tenacity.wait_none())
     for module in (http, s3):
-        monkeypatch.setattr(module, "STALL_SECONDS", 0.4)
+        monkeypatch.setattr(module, "STALL_SECONDS", 0.25)
     proxy = Proxy(server)
     yield proxy
     proxy.close()
 
 
-def test_random_faults_never_let_wrong_bytes_through(server: str, proxy: Proxy, root: Path, tmp_path: Path) -> None:
-    """200 schedules of resets, truncations, flipped bytes, stalls and 503s, both ways.
+RATES = (0.005, 0.02, 0.05, 0.15)
+SCHEDULES = 100
 
-    What is reported done is right; what fails names a file and leaves nothing wrong under its name; and the
-    next run without faults makes it whole.
+
+def test_uploads_through_random_faults_are_right_or_fail(server: str, proxy: Proxy, root: Path) -> None:
+    """100 schedules of resets, truncations, flipped bytes, stalls and 503s, both ways.
+
+    What is reported done is right; what fails names what, leaves no manifest over files that are not there,
+    and the next run without faults makes it whole.
     """
     expected = contents(root)
-    passed = failed = 0
-    seen: set[str] = set()
-    schedules = 100  # each for an upload and a download
-    for seed in range(schedules):
-        prefix, new = f"faults-{seed}", tmp_path / f"new-{seed}"
-        proxy.rng, proxy.rate, proxy.faults = random.Random(seed), [0.005, 0.02, 0.05, 0.15][seed % 4], []
-        for _attempt in range(2):
-            try:
-                upload(root, store(proxy.url, prefix))
-            except errors.TokenmillError as error:
-                failed += 1
-                assert f"bucket/{prefix}" in str(error)  # noqa: PT017  # sometimes it passes
-                assert ("manifest.json" in bucket(server, prefix)) <= (
-                    {**bucket(server, prefix), **expected} == bucket(server, prefix)
-                )
-            else:
-                passed += 1
-                break
-        upload(root, store(server, prefix))
-        there = bucket(server, prefix)
-        assert {path: there.get(path) for path in expected} == expected
-        (root / "transfers.json").unlink()
-        for path in set(there) - set(expected):  # a flipped bit in a key
-            s3_client(server).delete_object(Bucket="bucket", Key=f"{prefix}/{path}")
+    failed = 0
+    for seed in range(SCHEDULES):
+        prefix = f"faults-{seed}"
+        proxy.rng, proxy.rate = random.Random(seed), RATES[seed % len(RATES)]
         try:
-            download(store(proxy.url, prefix), new)
+            upload(root, store(proxy.url, prefix))
         except errors.TokenmillError as error:
             failed += 1
-            assert f"bucket/{prefix}" in str(error)  # noqa: PT017
-        else:
-            passed += 1
-            assert contents(new) == expected
-        here = {path: sha256 for path, sha256 in contents(new).items() if not path.endswith(".partial")}
-        assert {path: expected.get(path) for path in here} == here
-        download(store(server, prefix), new)
+            assert f"bucket/{prefix}" in str(error)  # noqa: PT017  # some pass
+            there = bucket(server, prefix)
+            assert "manifest.json" not in there or expected.items() <= there.items()
+            upload(root, store(server, prefix))
+        assert expected.items() <= bucket(server, prefix).items()  # a flipped bit in a name makes one more
+    assert set(proxy.faults) == set(Proxy.KINDS)
+    assert 0 < failed < SCHEDULES
+
+
+def test_downloads_through_random_faults_are_right_or_fail(
+    server: str, proxy: Proxy, root: Path, tmp_path: Path
+) -> None:
+    """Likewise; nothing wrong ever has its name here, failed or not."""
+    expected = contents(root)
+    upload(root, store(server, "source"))
+    failed = 0
+    for seed in range(SCHEDULES):
+        new = tmp_path / f"new-{seed}"
+        proxy.rng, proxy.rate = random.Random(seed), RATES[seed % len(RATES)]
+        try:
+            download(store(proxy.url, "source"), new)
+        except errors.TokenmillError as error:
+            failed += 1
+            assert "bucket/source" in str(error)  # noqa: PT017  # some pass
+            here = {path: sha256 for path, sha256 in contents(new).items() if not path.endswith(".partial")}
+            assert here.items() <= expected.items()
+            download(store(server, "source"), new)
         assert contents(new) == expected
-        seen.update(proxy.faults)
         shutil.rmtree(new)
-    assert seen == set(Proxy.KINDS)
-    assert passed > 100
-    assert failed > 10
+    assert set(proxy.faults) == set(Proxy.KINDS)
+    assert 0 < failed < SCHEDULES
 
 
 def test_ctrl_c_is_prompt_and_harmless(server: str, root: Path, tmp_path: Path) -> None:
