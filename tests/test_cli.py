@@ -25,7 +25,8 @@ from tokenmill.demo import TOKENIZER
 from tokenmill.recipe import Recipe, load_recipe
 
 RECIPE_FLAGS = [
-    *("--recipe", "--dataset", "--tokenizer", "--text-column", "--order", "--seed", "--buffer-size"),
+    *("--recipe", "--dataset", "--tokenizer", "--text-column", "--text-separator", "--order"),
+    *("--seed", "--buffer-size"),
     *("--shard-size", "--total-tokens", "--dtype", "--special-in-text", "--eos-token", "--seq-len"),
 ]
 
@@ -36,22 +37,28 @@ def flags(name: str) -> list[str]:
 
 def test_commands_flags_and_names_are_frozen() -> None:
     assert sorted(cli.commands) == [
-        *("consolidate", "demo", "info", "pretokenize", "show", "stats", "test-shard", "verify", "where"),
+        *("consolidate", "demo", "download", "info", "pretokenize", "show", "stats", "test-shard", "upload", "verify"),
+        "where",
     ]
     speed = ["--num-proc", "--chunk-size", "--engine-tokenizer"]
     quiet, as_json = ["-q", "--quiet"], ["--json"]
-    straight = ["--consolidated", "--id-scheme", "--dry-run"]
-    assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *quiet, *as_json]
-    assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *quiet]
+    straight, bad = ["--consolidated", "--id-scheme"], ["--on-bad-rows"]
+    store, away = ["--endpoint-url", "--anonymous"], ["--upload-to", "--keep-local", "--dry-run"]
+    assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *bad, *store, *away, *quiet, *as_json]
+    assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *bad, *store, *quiet]
+    files = ["--include", "--exclude", "--shards"]
+    assert flags("download") == flags("upload") == [*files, *store, "--dry-run", *quiet, *as_json]
     join = ["--seq-len", "--token-dtype", "--id-scheme", "--consume", "--skip-validation", "--published"]
     assert flags("consolidate") == [*join, *quiet, *as_json]
-    assert flags("verify") == ["--quick", "--deep", "--dataset", "--tokenizer", "--num-proc", *quiet, *as_json]
+    deep = ["--quick", "--deep", "--dataset", "--tokenizer", *store, "--num-proc"]
+    assert flags("verify") == [*deep, *quiet, *as_json]
     assert flags("info") == flags("stats") == as_json
     assert flags("show") == ["--sample", "--ids", *as_json]
     assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == ["--num-proc"]
     assert tokenmill.__all__ == [
-        *("Recipe", "Summary", "TokenmillError", "buffer_order", "consolidate", "load_recipe", "pretokenize", "verify"),
+        *("Recipe", "Selection", "StoreOptions", "Summary", "TokenmillError", "buffer_order", "consolidate"),
+        *("download", "load_recipe", "pretokenize", "upload", "verify"),
     ]
     for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time
         assert callable(getattr(tokenmill, name))

@@ -18,18 +18,17 @@ import tenacity
 
 from conftest import command, text, write_parquet
 from servers import AWS, Proxy, moto, s3_client
-from tokenmill import download as downloads
-from tokenmill import errors, http, retry, s3, storage
-from tokenmill import upload as uploads
+from tokenmill import downloads, errors, http, retry, s3, storage, uploads
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
-from tokenmill.download import download
+from tokenmill.downloads import bring as download
 from tokenmill.options import StoreOptions
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.stores import FolderStore, checked_path, open_store
 from tokenmill.transfer import Selection, Tag, shard_range
-from tokenmill.upload import part_nbytes, upload
+from tokenmill.uploads import part_nbytes
+from tokenmill.uploads import send as upload
 
 HERE_ONLY = {".tokenmill.lock", "tokenmill.log", "transfers.json"}
 
@@ -269,7 +268,7 @@ def test_killed_transfers_go_on_in_the_middle_of_a_file(server: str, root: Path,
     if kind == "download":
         upload(root, store(server, prefix))
     program = (
-        "import sys; from tokenmill import download, upload; download.PART_NBYTES = upload.PART_NBYTES = 65_536;"
+        "from tokenmill import downloads, uploads; downloads.PART_NBYTES = uploads.PART_NBYTES = 65_536;"
         "from tokenmill.cli import main; main()"
     )
     new = tmp_path / "new"

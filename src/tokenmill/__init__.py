@@ -10,33 +10,45 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenmill.consolidation import consolidate as consolidate
+    from tokenmill.downloads import download as download
     from tokenmill.errors import TokenmillError as TokenmillError
+    from tokenmill.options import StoreOptions as StoreOptions
     from tokenmill.order import buffer_order as buffer_order
     from tokenmill.pipeline import Summary as Summary
     from tokenmill.pipeline import pretokenize as pretokenize
     from tokenmill.recipe import Recipe as Recipe
     from tokenmill.recipe import load_recipe as load_recipe
+    from tokenmill.transfer import Selection as Selection
+    from tokenmill.uploads import upload as upload
     from tokenmill.verification import verify as verify
 
 _HOMES = {
     "Recipe": "recipe",
+    "Selection": "transfer",
+    "StoreOptions": "options",
     "Summary": "pipeline",
     "TokenmillError": "errors",
     "buffer_order": "order",
     "consolidate": "consolidation",
+    "download": "downloads",
     "load_recipe": "recipe",
     "pretokenize": "pipeline",
+    "upload": "uploads",
     "verify": "verification",
 }
 
 __all__ = [
     "Recipe",
+    "Selection",
+    "StoreOptions",
     "Summary",
     "TokenmillError",
     "buffer_order",
     "consolidate",
+    "download",
     "load_recipe",
     "pretokenize",
+    "upload",
     "verify",
 ]
 

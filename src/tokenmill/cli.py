@@ -430,11 +430,10 @@ def download(source: str, data_root: Path, **options: Any) -> None:
       tokenmill download s3://bucket/data data/ --endpoint-url https://s3.example.org
       tokenmill download s3://bucket/data data/ --shards 0-3
     """
-    from tokenmill.download import download as bring
-    from tokenmill.stores import open_store
+    from tokenmill.downloads import download as bring
 
     def move(selection: Selection, store: StoreOptions, **rest: Any) -> TransferReport:
-        return bring(open_store(source, store), data_root, selection, **rest)
+        return bring(source, data_root, selection, store=store, **rest)
 
     _transfer(move, **options)
 
@@ -455,11 +454,10 @@ def upload(data_root: Path, target: str, **options: Any) -> None:
     Example:
       tokenmill upload data/ s3://bucket/data --endpoint-url https://s3.example.org
     """
-    from tokenmill.stores import open_store
-    from tokenmill.upload import upload as send
+    from tokenmill.uploads import upload as send
 
     def move(selection: Selection, store: StoreOptions, **rest: Any) -> TransferReport:
-        return send(data_root, open_store(target, store), selection, **rest)
+        return send(data_root, target, selection, store=store, **rest)
 
     _transfer(move, **options)
 

@@ -48,7 +48,7 @@ from tokenmill.spans import Span, SpanReader
 from tokenmill.stores import BucketStore, FolderStore, open_store
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
-from tokenmill.upload import Sender
+from tokenmill.uploads import Sender
 from tokenmill.writer import Writer
 
 _NO_OPTIONS = StoreOptions()

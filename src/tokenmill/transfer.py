@@ -1,6 +1,6 @@
 """Transfer: which files of a data set travel, what proves them, and what is remembered of it.
 
-Pure but for `Journal`. `download.py` and `upload.py` move the bytes.
+Pure but for `Journal`. `downloads.py` and `uploads.py` move the bytes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Selection(NamedTuple):
         if self.include and not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.include):
             return False
         return not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.exclude)
+
+
+EVERYTHING = Selection()
 
 
 class Moved(msgspec.Struct, frozen=True):

@@ -21,8 +21,9 @@ from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.manifest import Consolidated, Manifest
-from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path
-from tokenmill.transfer import RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+from tokenmill.options import StoreOptions
+from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path, open_store
+from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
 
 PART_NBYTES = 16 << 20
 FILES_AT_ONCE = 4
@@ -34,21 +35,40 @@ _TRIES = 3
 
 
 def download(
+    source: str,
+    root: Path | str,
+    selection: Selection = EVERYTHING,
+    *,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
+    dry_run: bool = False,
+    show: Show = lambda done, total: None,
+) -> Report:
+    """Bring the files at `source` that are missing or different in `root`.
+
+    Args:
+        source: `s3://BUCKET/PREFIX`, `file://` or a path.
+        root: a directory; made if it does not exist.
+        selection: which files are meant.
+        store: how to reach the bucket.
+        dry_run: only say what would travel.
+        show: called with bytes that travelled and bytes that are to.
+
+    Raises:
+        StorageError: a file cannot be had, or its bytes are wrong.
+        DataRootError: `root` holds another data set, or is in use.
+    """
+    return bring(open_store(source, store), Path(root), selection, dry_run=dry_run, show=show)
+
+
+def bring(
     store: FolderStore | BucketStore,
     root: Path,
-    selection: Selection = Selection(),  # noqa: B008  # immutable
+    selection: Selection = EVERYTHING,
     *,
     dry_run: bool = False,
     show: Show = lambda done, total: None,
 ) -> Report:
-    """Bring the files of `store` that are missing or different in `root`.
-
-    Args:
-        store: where they are.
-        root: a directory; made if it does not exist.
-        selection: which files are meant.
-        dry_run: only say what would travel.
-        show: called with bytes that travelled and bytes that are to.
+    """The same, from a store that is open.
 
     Raises:
         StorageError: a file cannot be had, or its bytes are wrong.

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
-from tokenmill.download import download
+from tokenmill.downloads import bring
 from tokenmill.errors import DataRootError, StorageError
+from tokenmill.options import StoreOptions
 from tokenmill.retry import AnswerError, ChangedError, TransientError
 from tokenmill.s3 import S3Object, UploadedPart, md5_etag, parts_etag
-from tokenmill.stores import BucketStore, FolderStore, StoredFile
-from tokenmill.transfer import RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+from tokenmill.stores import BucketStore, FolderStore, StoredFile, open_store
+from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
 
 PART_NBYTES = 16 << 20
 MAX_PARTS = 10_000
@@ -42,19 +43,21 @@ def part_nbytes(nbytes: int) -> int:
 
 
 def upload(
-    root: Path,
-    store: FolderStore | BucketStore,
-    selection: Selection = Selection(),  # noqa: B008  # immutable
+    root: Path | str,
+    target: str,
+    selection: Selection = EVERYTHING,
     *,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     dry_run: bool = False,
     show: Show = lambda done, total: None,
 ) -> Report:
-    """Bring the files of the data root that are missing or different in `store` there.
+    """Bring the files of the data root that are missing or different at `target` there.
 
     Args:
         root: the data root.
-        store: where to.
+        target: `s3://BUCKET/PREFIX`, `file://` or a path.
         selection: which files are meant.
+        store: how to reach the bucket.
         dry_run: only say what would travel.
         show: called with bytes that travelled and bytes that are to.
 
@@ -62,9 +65,21 @@ def upload(
         StorageError: the store refuses, or says it received other bytes.
         DataRootError: a file is not the one the manifest records, is missing, or the root is in use.
     """
+    return send(Path(root), open_store(target, store), selection, dry_run=dry_run, show=show)
+
+
+def send(
+    root: Path,
+    store: FolderStore | BucketStore,
+    selection: Selection = EVERYTHING,
+    *,
+    dry_run: bool = False,
+    show: Show = lambda done, total: None,
+) -> Report:
+    """The same, to a store that is open."""
     here = FolderStore(root)
     if isinstance(store, FolderStore):
-        return download(here, store.root, selection, dry_run=dry_run, show=show)
+        return bring(here, store.root, selection, dry_run=dry_run, show=show)
     started = time.monotonic()
     wanted = {path: file for path, file in here.files().items() if selection.takes(path)}
     if not wanted:
