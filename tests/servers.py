@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,10 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
 
 Fault = str
 """What happens to a request: see `Handler.answer`."""
@@ -67,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             self._info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"api/datasets/([^/]+/[^/]+)/tree/([^/]+)", path):
             self._tree(match[1], match[2])
+        elif match := re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._model(match[1], match[2], match[3])
         elif match := re.fullmatch(r"(?:cdn/)?datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         else:
@@ -100,6 +107,16 @@ class Handler(BaseHTTPRequestHandler):
         folders = {parent.as_posix() for path in files for parent in Path(path).parents} - {"."}
         entries += [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in sorted(folders)]
         self._simple(200, json.dumps(entries).encode())
+
+    def _model(self, name: str, revision: str, path: str) -> None:
+        """A file of a model's repository, as the hub's own download asks for it."""
+        commit = self.site.branches.get((f"models/{name}", revision), revision)
+        data = self.site.file(f"models/{name}", revision, path)
+        if data is None:
+            self._simple(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        else:
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+            self._simple(200, data, headers)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         data = self.site.file(name, revision, path)
@@ -194,21 +211,40 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """The endpoint of an S3 server in a process of its own, with a bucket `bucket`."""
+    """The endpoint of moto's S3 server, in a process of its own, with a bucket `bucket`."""
     port = free_port()
     line = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = subprocess.DEVNULL
     smaller = os.environ | {"S3_UPLOAD_PART_MIN_SIZE": "1024"}  # parts of 5 MB would make slow tests
-    with subprocess.Popen(line, stdout=quiet, stderr=quiet, env=smaller) as process:
+    with _process(line, port, smaller) as endpoint:
+        s3_client(endpoint).create_bucket(Bucket="bucket")
+        yield endpoint
+
+
+@contextlib.contextmanager
+def s3rver(folder: Path) -> Iterator[str]:
+    """The same, of another implementation (npm's s3rver); skips where it is missing."""
+    beside = shutil.which("s3rver", path=str(REPOSITORY / ".venv" / "node_modules" / ".bin"))
+    program = beside or shutil.which("s3rver")
+    if program is None:
+        pytest.skip("s3rver is not at hand: npm install --prefix .venv s3rver")
+    port = free_port()
+    line = [program, "-d", str(folder), "-a", "127.0.0.1", "-p", str(port), "--configure-bucket", "bucket"]
+    with _process(line, port, dict(os.environ)) as endpoint:
+        yield endpoint
+
+
+@contextlib.contextmanager
+def _process(line: list[str], port: int, env: dict[str, str]) -> Iterator[str]:
+    """A server that is ready when its port answers; killed at the end."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(line, stdout=quiet, stderr=quiet, env=env) as process:
         try:
-            endpoint = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.1)
-            s3_client(endpoint).create_bucket(Bucket="bucket")
-            yield endpoint
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
 

@@ -23,11 +23,23 @@ from tokenmill.errors import DataRootError, StorageError
 from tokenmill.manifest import Consolidated, Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path, open_store
-from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+from tokenmill.transfer import (
+    EVERYTHING,
+    RECORDS,
+    Journal,
+    Moved,
+    Report,
+    Selection,
+    Sha256,
+    Show,
+    Tag,
+    digests,
+    missing,
+)
 
 PART_NBYTES = 16 << 20
 FILES_AT_ONCE = 4
-_PARTS_AHEAD = 3
+_PARTS_AHEAD = 2
 """Per file; memory is FILES_AT_ONCE × (_PARTS_AHEAD + 1) × PART_NBYTES."""
 
 _TRIES = 3
@@ -121,7 +133,7 @@ def _read_record(store: Store, file: StoredFile) -> bytes:
         data = bytes(store.read(file, 0, file.nbytes))
         tag = Tag(file.etag, store.part_nbytes(file))
         tag.update(data)
-        if (tag.is_known and tag.matches) or data == before:
+        if tag.found == file.etag or data == before:
             return data
         before = data
     raise StorageError(f"{store.name}/{file.path}: arrives differently each time", next_step="check the network")
@@ -157,8 +169,8 @@ def _refuse_other(root: Path, theirs: Manifest | None) -> None:
 class _Fetched(NamedTuple):
     """A file on its way."""
 
-    sha256: str
-    tag: Tag
+    digest: str
+    """SHA-256 where that is known, else the ETag of the bytes."""
     moved_nbytes: int
 
 
@@ -225,7 +237,7 @@ class _Download:
     def _proof(self, file: StoredFile) -> str:
         if file.path in self._known:
             return "sha256"
-        return "etag" if Tag(file.etag, 1).is_known else "size"
+        return "etag" if Tag(file.etag, 1).found else "size"
 
     def _partial(self, file: StoredFile) -> Path:
         """Its name holds what it is a beginning of."""
@@ -254,61 +266,52 @@ class _Download:
         before: str | None = None
         for _ in range(_TRIES):
             fetched = self._fetch(file, partial)
-            checked = self._check(file, fetched, before)
+            checked = self._check(file, fetched.digest, before)
             if checked is not None:
                 storage.publish(partial, path)
                 self._journal.note(file)
                 return Moved(file.path, file.nbytes, False, fetched.moved_nbytes, checked)
-            before = fetched.sha256
+            before = fetched.digest
             with storage.reported(partial):
                 partial.unlink()
             self._note_progress(-file.nbytes)
         expected = f"sha256 {self._known[file.path]}" if file.path in self._known else f"ETag {file.etag}"
         raise StorageError(
-            f"{self._store.name}/{file.path}: arrived wrong {_TRIES} times: expected {expected}, found sha256 {before}",
+            f"{self._store.name}/{file.path}: arrived wrong {_TRIES} times: expected {expected}, found {before}",
             next_step="if it is damaged in the store, upload it again; else check the network",
         )
 
-    def _check(self, file: StoredFile, fetched: _Fetched, before: str | None) -> str | None:
+    def _check(self, file: StoredFile, found: str, before: str | None) -> str | None:
         """What proves the bytes; None if they are not those wanted."""
-        expected = self._known.get(file.path)
-        if expected is not None:
-            return "sha256" if fetched.sha256 == expected else None
-        if not fetched.tag.is_known:
-            return "size"
-        if fetched.tag.matches:
+        if file.path in self._known:
+            return "sha256" if found == self._known[file.path] else None
+        if found == file.etag:
             return "etag"
-        # The same bytes twice: then the store makes its ETags of something else.
-        return "size" if fetched.sha256 == before else None
+        # No ETag of bytes; or the same bytes twice, which says that the store makes its ETags of something else.
+        return "size" if found in ("", before) else None
 
     def _is_same(self, path: Path, file: StoredFile) -> bool:
         """Whether a file that is here, and of that size, has the bytes of the one there."""
-        tag = self._tag(file)
-        if file.path not in self._known and not tag.is_known:
-            return False
-        sha256 = hashlib.sha256()
+        digest = self._digest(file)
         with path.open("rb", buffering=0) as opened:
             while data := opened.read(PART_NBYTES):
-                (tag if file.path not in self._known else sha256).update(data)
-        return sha256.hexdigest() == self._known[file.path] if file.path in self._known else tag.matches
+                digest.update(data)
+        return digest.found == self._known.get(file.path, file.etag)
 
-    def _tag(self, file: StoredFile) -> Tag:
-        if file.path in self._known:
-            return Tag("", None)  # the digest proves more
-        return Tag(file.etag, self._store.part_nbytes(file))
+    def _digest(self, file: StoredFile) -> Sha256 | Tag:
+        """What is to be compared with what is known of the file."""
+        return Sha256() if file.path in self._known else Tag(file.etag, self._store.part_nbytes(file))
 
     def _fetch(self, file: StoredFile, partial: Path) -> _Fetched:
         """Bring what the partial file lacks; it is durable then."""
-        sha256, tag = hashlib.sha256(), self._tag(file)
+        digest = self._digest(file)
         if self._begun_nbytes(file) > file.nbytes:
             partial.unlink()
         with storage.reported(partial), partial.open("r+b" if partial.is_file() else "w+b") as opened:
             begun = 0
 
             def take(data: bytes | bytearray) -> None:
-                sha256.update(data)
-                if tag.is_known:
-                    tag.update(data)
+                digest.update(data)
                 self._note_progress(len(data))
 
             while data := opened.read(PART_NBYTES):
@@ -319,7 +322,7 @@ class _Download:
                 take(part)
             opened.flush()
             os.fsync(opened.fileno())
-        return _Fetched(sha256.hexdigest(), tag, file.nbytes - begun)
+        return _Fetched(digest.found, file.nbytes - begun)
 
     def _parts_from(self, file: StoredFile, offset: int) -> Iterator[bytes | bytearray]:
         """The rest of a file in order, a few parts fetched ahead."""

@@ -161,20 +161,21 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 def _body(response: requests.Response, nbytes: int) -> bytearray:
     """Exactly `nbytes`, in bounded time."""
-    body = bytearray()
+    body, found = bytearray(nbytes), 0
     began = time.monotonic()
     limit = STALL_SECONDS + nbytes / SLOWEST_NBYTES_PER_SECOND
     host = _host(response.url)
     try:
         while chunk := response.raw.read1(_CHUNK_NBYTES):
-            body += chunk
-            if time.monotonic() - began > limit or len(body) > nbytes:
+            body[found : found + len(chunk)] = chunk  # what is more than asked for makes it longer
+            found += len(chunk)
+            if time.monotonic() - began > limit or found > nbytes:
                 break
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise TransientError(f"{host}: after {len(body)} of {nbytes} bytes: {_reason(error)}") from None
-    if len(body) != nbytes:
+        raise TransientError(f"{host}: after {found} of {nbytes} bytes: {_reason(error)}") from None
+    if found != nbytes:
         seconds = time.monotonic() - began
-        raise TransientError(f"{host}: expected {nbytes} bytes, found {len(body)} in {seconds:.0f} s")
+        raise TransientError(f"{host}: expected {nbytes} bytes, found {found} in {seconds:.0f} s")
     return body
 
 

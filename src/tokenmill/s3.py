@@ -19,6 +19,7 @@ from tokenmill.retry import AnswerError, TransientError
 T = TypeVar("T")
 
 _SIGNED_SECONDS = 3600
+_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
 
 
@@ -104,14 +105,22 @@ class Bucket:
         return self._tried(lambda: str(begin(Bucket=self.name, Key=key)["UploadId"]))
 
     def uploads(self, key: str) -> list[str]:
-        """Ids of the multipart uploads of `key` that were begun and not ended, oldest first."""
+        """Ids of the multipart uploads of `key` that were begun and not ended, oldest first.
+
+        None where the store cannot say: an interrupted upload begins anew there.
+        """
 
         def listed() -> list[str]:
             page = self._client.list_multipart_uploads(Bucket=self.name, Prefix=key)
             found = [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
             return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"])]
 
-        return self._tried(listed)
+        try:
+            return self._tried(listed)
+        except AnswerError as error:
+            if error.status == 501:
+                return []
+            raise
 
     def parts(self, key: str, upload: str) -> list[UploadedPart]:
         """What an upload holds so far, by number."""
@@ -161,7 +170,7 @@ class Bucket:
         except exceptions.ClientError as error:
             metadata = error.response.get("ResponseMetadata", {})
             status, code = int(metadata.get("HTTPStatusCode", 0)), str(error.response.get("Error", {}).get("Code", ""))
-            if status in (408, 429) or status >= 500 or code in _TRANSIENT_CODES:
+            if status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES:
                 after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
                 raise TransientError(f"HTTP {status} {code}", float(after) if after.isdecimal() else 0.0) from None
             raise AnswerError(status, code) from None

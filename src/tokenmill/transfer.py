@@ -162,24 +162,40 @@ def missing(manifest: Manifest | None, record: Consolidated | None, present: Ite
     return [name for name in wanted if name not in there]
 
 
+class Sha256:
+    """SHA-256 of bytes as they pass."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self.update = self._sha256.update
+
+    @property
+    def found(self) -> str:
+        """In hexadecimal digits."""
+        return self._sha256.hexdigest()
+
+
 class Tag:
     """An ETag that was made of the bytes: of the whole (MD5), or of its parts (MD5 of their MD5s, and a count).
 
-    Most stores make them so; for those that do not, `is_known` may be true and the digest another.
+    Most stores make them so; of those that do not, some look as if they did.
+
+    Args:
+        etag: as the store lists it.
+        part_nbytes: size of the parts, where it was made of parts and that is known.
     """
 
     def __init__(self, etag: str, part_nbytes: int | None) -> None:
-        match = re.fullmatch(r'"([0-9a-f]{32})(-\d+)?"', etag)
-        self.is_known = match is not None and (match[2] is None or part_nbytes is not None)
-        self._etag = etag
-        self._part_nbytes = part_nbytes if match is not None and match[2] else None
+        match = re.fullmatch(r'"[0-9a-f]{32}(-\d+)?"', etag)
+        self._is_known = match is not None and (match[1] is None or part_nbytes is not None)
+        self._part_nbytes = part_nbytes if match is not None and match[1] else None
         self._done: list[bytes] = []
         self._part = hashlib.md5(usedforsecurity=False)
         self._in_part = 0
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
         """Go on with the next bytes."""
-        view = memoryview(data)
+        view = memoryview(data) if self._is_known else memoryview(b"")
         while view:
             room = len(view) if self._part_nbytes is None else self._part_nbytes - self._in_part
             self._part.update(view[:room])
@@ -194,15 +210,13 @@ class Tag:
 
     @property
     def found(self) -> str:
-        """The ETag of the bytes seen."""
+        """The ETag of the bytes seen; empty where ETags are made otherwise."""
+        if not self._is_known:
+            return ""
         if self._part_nbytes is None:
             return f'"{self._part.hexdigest()}"'
         parts = [*self._done, *([self._part.digest()] if self._in_part else [])]
         return f'"{hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"'
-
-    @property
-    def matches(self) -> bool:
-        return self.found == self._etag
 
 
 def shard_range(text: str) -> range:

@@ -24,13 +24,15 @@ from tokenmill.s3 import S3Object, UploadedPart, md5_etag, parts_etag
 from tokenmill.stores import BucketStore, FolderStore, StoredFile, open_store
 from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
 
-PART_NBYTES = 16 << 20
+PART_NBYTES = 32 << 20
+WHOLE_NBYTES = 64 << 20
+"""Files up to this size go in one piece: a store that puts parts together copies them once more."""
 MAX_PARTS = 10_000
 """S3's limit, and R2's, which also wants all parts but the last of one size."""
 
 FILES_AT_ONCE = 4
 IN_FLIGHT_NBYTES = 256 << 20
-_PARTS_AT_ONCE = 4
+_PARTS_AT_ONCE = 2
 """Of one file."""
 
 
@@ -213,7 +215,7 @@ class Sender:
             self._journal.note(self._there[file.path])
             self._note_progress(file.nbytes)
             return Moved(file.path, file.nbytes, True, 0, "etag")
-        if file.nbytes <= PART_NBYTES:
+        if file.nbytes <= WHOLE_NBYTES:
             etag, moved = self._send_whole(file, sha256)
         else:
             etag, moved = self._send_parts(file, sha256)
@@ -227,11 +229,9 @@ class Sender:
         if there is None or there.nbytes != file.nbytes:
             return False
         tag = Tag(there.etag, part_nbytes(file.nbytes))
-        if not tag.is_known:
-            return False
         for at in range(0, file.nbytes, PART_NBYTES):
             tag.update(self._read(file, at, min(PART_NBYTES, file.nbytes - at)))
-        return tag.matches
+        return tag.found == there.etag
 
     def _read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
         if self._stopped:
