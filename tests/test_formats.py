@@ -21,7 +21,7 @@ from tokenmill.manifest import load
 from tokenmill.options import StoreOptions
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
-from tokenmill.source import find_corpus
+from tokenmill.source import Corpus, find_corpus
 from tokenmill.verification import verify
 
 ROWS: list[list[str | None]] = [
@@ -228,6 +228,46 @@ def test_skipped_rows_survive_a_resume_once_each(tmp_path: Path) -> None:
     (tmp_path / "out" / "train_000002.npy").unlink()
     pretokenize(settings, tmp_path / "out", on_bad_rows="skip")
     assert (tmp_path / "out" / "skipped.jsonl").read_bytes() == whole
+
+
+def test_verify_holds_the_list_to_the_ledger(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.jsonl").write_bytes(b"\n".join([*BAD, b""]))
+    pretokenize(recipe(tmp_path / "c"), tmp_path / "out", on_bad_rows="skip")
+    path = tmp_path / "out" / "skipped.jsonl"
+    whole = path.read_bytes()
+    assert verify(tmp_path / "out").passed
+    for wrong in (b"".join(whole.splitlines(keepends=True)[1:]), b"", b"not json\n", b'{"file": 3}\n', b"[]\n"):
+        path.write_bytes(wrong)
+        result = verify(tmp_path / "out", quick=True)
+        assert [(f.file, f.expected) for f in result.findings] == [("skipped.jsonl", "5")], result.findings
+
+
+def test_a_resume_opens_no_file_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files whose rows were counted only the counts are needed, however many there are."""
+    for number in range(30):
+        name = tmp_path / "c" / f"{number:02d}"
+        name.parent.mkdir(exist_ok=True)
+        name.with_suffix(".jsonl").write_bytes(jsonl([text(number * 99 + i, 20) for i in range(40)]))
+    settings = recipe(tmp_path / "c", buffer_size=20)
+    pretokenize(settings, tmp_path / "out")
+    whole = every_digest(tmp_path / "out")
+    opened: list[int] = []
+    real = Corpus.open
+
+    def counting(self: Corpus, index: int, *, span_rows: int | None = None) -> object:
+        if span_rows != 32:  # those are looked at for the estimate
+            opened.append(index)
+        return real(self, index, span_rows=span_rows)
+
+    monkeypatch.setattr(Corpus, "open", counting)
+    last = max((tmp_path / "out").glob("train_*"))
+    for lost in (last, last.with_name("train_000007.npy")):
+        lost.unlink()
+        opened.clear()
+        assert pretokenize(settings, tmp_path / "out").remade == [lost.name]
+        assert every_digest(tmp_path / "out") == whole
+        assert 0 < len(set(opened)) < 20, opened
 
 
 def test_parquet_rows_that_are_not_utf8_are_skipped_too(tmp_path: Path) -> None:

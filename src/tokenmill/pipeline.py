@@ -484,6 +484,15 @@ class _Reading(NamedTuple):
     source: SpanReader
 
 
+class _Passed(NamedTuple):
+    """A source file whose rows the order took without its being opened."""
+
+    first_row: int
+    """In reading order over all files; likewise `end`, one past its last."""
+    end: int
+    file: int
+
+
 class _Driver:
     """Makes shards `first` to `end` (None: to the end of the stream)."""
 
@@ -513,8 +522,7 @@ class _Driver:
 
     def start(self) -> None:
         """Replay the order up to the first shard and submit the first spans."""
-        readings = self._readings()
-        self._rest, again = self._replay(readings, self._cursor)
+        self._rest, again, readings = self._replay(self._cursor)
         self._again = len(again)
         self._work = Lookahead(self._plan_work(again, readings), 2 * self._engine.workers)
         self._submit_ahead()
@@ -543,11 +551,9 @@ class _Driver:
     def _at_stop(self) -> bool:
         return self._stop is not None and self._position >= self._stop
 
-    def _readings(self) -> Iterator[_Reading]:
-        """Every span of the corpus in reading order; files are opened as they are reached."""
-        first_row = 0
-        files = file_order(len(self._corpus.files), kind=self._recipe.order, seed=self._recipe.seed)
-        for index in files.tolist():
+    def _readings(self, files: Sequence[int], first_row: int = 0) -> Iterator[_Reading]:
+        """Every span of some files in reading order; they are opened as they are reached."""
+        for index in files:
             source = self._corpus.open(index, span_rows=self._workload.span_rows)
             self._count_rows(index, source)
             for span in source.spans():
@@ -566,15 +572,34 @@ class _Driver:
             )
         record.rows = source.rows if record.rows is None else record.rows
 
-    def _replay(self, readings: Iterator[_Reading], cursor: Cursor) -> tuple[Rows, list[tuple[_Reading, int]]]:
+    def _pass_files(self, files: Sequence[int], cursor: Cursor) -> tuple[list[_Passed], int]:
+        """Run the order over the first files without opening them, as far as their rows were counted before.
+
+        Returns those files, all of whose emitted rows lie before `cursor`, and how many were emitted.
+        """
+        passed: list[_Passed] = []
+        first_row = emitted = 0
+        for index in files:
+            rows = self._manifest.files[index].rows
+            if rows is None or emitted + rows > cursor.position:
+                break
+            emitted += len(self._order.push(rows))
+            passed.append(_Passed(first_row, first_row + rows, index))
+            first_row += rows
+        return passed, emitted
+
+    def _replay(self, cursor: Cursor) -> tuple[Rows, list[tuple[_Reading, int]], Iterator[_Reading]]:
         """Run the order, without text, up to `cursor`.
 
-        Returns the rows from the cursor on that are emitted already, and the spans that hold those
-        and the rows still in the order, each with how many of its rows that is.
+        Returns the rows from the cursor on that are emitted already; the spans that hold those and the rows
+        still in the order, each with how many of its rows that is; and the spans that come then.
         """
+        files = file_order(len(self._corpus.files), kind=self._recipe.order, seed=self._recipe.seed).tolist()
+        whole, emitted = self._pass_files(files, cursor)
+        first_row = whole[-1].end if whole else 0
+        readings = self._readings(files[len(whole) :], first_row)
         passed: list[_Reading] = []
         rest: Rows = np.empty(0, np.int64)
-        emitted = 0
         while emitted <= cursor.position and cursor != Cursor():
             reading = next(readings, None)
             rows = self._order.finish() if reading is None else self._order.push(reading.span.rows)
@@ -584,12 +609,16 @@ class _Driver:
                 break
             reading.source.drop(reading.span)
             passed.append(reading)
+        wanted = np.concatenate([rest, self._order.held()])
+        for begin, end, file in whole:
+            if np.any((wanted >= begin) & (wanted < end)):
+                passed += self._readings([file], begin)
+        passed.sort(key=lambda reading: reading.first_row)
         if not passed:
-            return rest, []
+            return rest, [], readings
         starts = np.array([reading.first_row for reading in passed], np.int64)
-        held = np.concatenate([rest, self._order.held()])
-        pending = np.bincount(np.searchsorted(starts, held, side="right") - 1, minlength=len(passed))
-        return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]]
+        pending = np.bincount(np.searchsorted(starts, wanted, side="right") - 1, minlength=len(passed))
+        return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]], readings
 
     def _plan_work(
         self, again: list[tuple[_Reading, int]], readings: Iterator[_Reading]

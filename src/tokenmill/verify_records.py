@@ -76,6 +76,7 @@ class RecordChecks(Checks):
                 found=vocabulary,
             )
         self._check_ledger(manifest)
+        self._check_skipped(manifest)
 
     def _fingerprint(self) -> str:
         recipe = json.loads((self.root / layout.MANIFEST).read_bytes())["recipe"]
@@ -128,6 +129,19 @@ class RecordChecks(Checks):
                 expected=f"{entry.documents} or less",
                 found=entry.special,
             )
+
+    def _check_skipped(self, manifest: Manifest) -> None:
+        """Every bad row is listed, once."""
+        path = self.root / layout.SKIPPED
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        try:
+            listed = {(entry["file"], entry["row"]) for entry in map(json.loads, lines)}
+        except (ValueError, KeyError, TypeError):
+            listed = set()
+        for entry in manifest.ledger:
+            found = sum(file == entry.path for file, _ in listed)
+            what = "rows of the file that were left out"
+            self.job.same(layout.SKIPPED, f"lines of {entry.path}", what, expected=entry.bad, found=found)
 
     def _check_record(self, record: Consolidated) -> None:
         same, name, manifest = self.job.same, layout.CONSOLIDATED, self.job.manifest
