@@ -118,6 +118,20 @@ class Peak:
         return self.nbytes
 
 
+def timed(line: list[str]) -> tuple[float, float]:
+    """Seconds and peak gigabytes of a command."""
+    os.sync()
+    begin = time.perf_counter()
+    run = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    peak = Peak(run.pid)
+    code = run.wait()
+    seconds = time.perf_counter() - begin
+    nbytes = peak.stop()
+    if code:
+        raise SystemExit(f"{' '.join(line)} failed")
+    return seconds, nbytes / 1e9
+
+
 def measure(way: str, root: Path) -> tuple[float, float]:
     """Seconds and peak gigabytes of one way; what it wrote is removed."""
     out = root.parent / "out"
@@ -130,19 +144,11 @@ def measure(way: str, root: Path) -> tuple[float, float]:
         "cp": ["cp", *shards, str(out)],
         "sha256sum": ["sha256sum", *shards],
     }[way]
-    os.sync()
-    begin = time.perf_counter()
-    run = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    peak = Peak(run.pid)
-    code = run.wait()
-    seconds = time.perf_counter() - begin
-    nbytes = peak.stop()
-    if code:
-        raise SystemExit(f"{way} failed")
+    measured = timed(line)
     shutil.rmtree(out)
     for name in (layout.TOKENS, layout.SAMPLE_IDS, layout.CONSOLIDATED):
         (root / name).unlink(missing_ok=True)
-    return seconds, nbytes / 1e9
+    return measured
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ import botocore.session
 import urllib3
 from botocore.config import Config
 
-from consolidate import Peak, make_shards
+from consolidate import make_shards, timed
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 WAYS = ("tokenmill", "aws", "limit")
@@ -79,20 +79,6 @@ def lines(endpoint: str, root: Path, out: Path) -> dict[tuple[str, str], list[st
         ("download", "aws"): [*aws, "s3://bucket/source", str(out)],
         ("download", "limit"): [*raw, "download", "--endpoint-url", endpoint, str(root)],
     }
-
-
-def measure(line: list[str]) -> tuple[float, float]:
-    """Seconds and peak gigabytes of a command."""
-    os.sync()
-    begin = time.perf_counter()
-    run = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    peak = Peak(run.pid)
-    code = run.wait()
-    seconds = time.perf_counter() - begin
-    nbytes = peak.stop()
-    if code:
-        raise SystemExit(f"{' '.join(line)} failed")
-    return seconds, nbytes / 1e9
 
 
 def limit(way: str, endpoint: str, root: Path) -> None:
@@ -144,7 +130,7 @@ def main() -> None:
                     empty(endpoint, f"{name[1]}/")
                     shutil.rmtree(out, ignore_errors=True)
                     (root / "transfers.json").unlink(missing_ok=True)
-                    rounds[-1][name] = measure(line)
+                    rounds[-1][name] = timed(line)
                 shown = "  ".join(f"{way} {what} {s:.1f} s" for (way, what), (s, _) in rounds[-1].items())
                 print(f"round {number + 1}: {shown}", flush=True)
     finally:

@@ -423,13 +423,8 @@ def test_straight_to_the_bucket(server: str, tmp_path: Path, keep: bool) -> None
     recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
     pretokenize(recipe, tmp_path / "local")
     prefix = f"straight-{keep}"
-    summary = pretokenize(
-        recipe,
-        tmp_path / "out",
-        store=StoreOptions(server),
-        upload_to=f"s3://bucket/{prefix}",
-        keep_local=keep,
-    )
+    target = {"store": StoreOptions(server), "upload_to": f"s3://bucket/{prefix}", "keep_local": keep}
+    summary = pretokenize(recipe, tmp_path / "out", **target)
     assert (summary.status, summary.uploaded_to) == ("complete", f"s3://bucket/{prefix}")
     there = bucket(server, prefix)
     local = contents(tmp_path / "local")
@@ -438,22 +433,9 @@ def test_straight_to_the_bucket(server: str, tmp_path: Path, keep: bool) -> None
         p: s for p, s in local.items() if p != "manifest.json"
     }
     assert any((tmp_path / "out").glob("train_*")) is keep
-    again = pretokenize(
-        recipe,
-        tmp_path / "out",
-        store=StoreOptions(server),
-        upload_to=f"s3://bucket/{prefix}",
-        keep_local=keep,
-    )
-    assert again.status == "already complete"
+    assert pretokenize(recipe, tmp_path / "out", **target).status == "already complete"
     s3_client(server).delete_object(Bucket="bucket", Key=f"{prefix}/train_000001.npy")
-    mended = pretokenize(
-        recipe,
-        tmp_path / "out",
-        store=StoreOptions(server),
-        upload_to=f"s3://bucket/{prefix}",
-        keep_local=keep,
-    )
+    mended = pretokenize(recipe, tmp_path / "out", **target)
     assert mended.remade == ([] if keep else ["train_000001.npy"])
     assert {**bucket(server, prefix), "manifest.json": ""} == {**there, "manifest.json": ""}
     download(store(server, prefix), tmp_path / "back")

@@ -225,7 +225,7 @@ def pretokenize(
         "store": StoreOptions(endpoint_url, anonymous),
     }
     if dry_run:
-        _dry_run(resolved, output, as_json, **shared)
+        _dry_run(resolved, output, as_json, keep_local=keep_local, **shared)
         return
     summary = run(
         resolved,
@@ -663,7 +663,7 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     return summary
 
 
-def _dry_run(recipe: Recipe, output: Path, as_json: bool, *, workers: int, **options: Any) -> None:
+def _dry_run(recipe: Recipe, output: Path, as_json: bool, *, workers: int, keep_local: bool, **options: Any) -> None:
     from tokenmill import pipeline, preflight, report
 
     prepared, figures = pipeline.plan(recipe, output, workers=workers, **options)
@@ -671,7 +671,7 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool, *, workers: int, **opt
         click.echo(msgspec.json.encode({"recipe": prepared.recipe, "preflight": figures}))
     else:
         _echo(report.plan_lines(prepared, figures, output, workers))
-    preflight.check_disk(figures, output)
+    preflight.check_disk(figures, output, shards_at_once=None if keep_local else pipeline.SHARDS_PASSING)
 
 
 def _say_interrupted(output: Path, stop: _InterruptedError) -> NoReturn:

@@ -170,5 +170,6 @@ def refused(name: str, error: Exception) -> SourceError:
     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return SourceError(
         f"data set {name}: the hub refused it: {reason}",
-        next_step="check the name and the revision; for a private or gated data set set HF_TOKEN",
+        next_step="check the name and the revision; for a private or gated data set set HF_TOKEN; if a directory was "
+        "meant, there is none of that name",
     )

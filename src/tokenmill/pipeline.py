@@ -53,7 +53,7 @@ from tokenmill.writer import Writer
 
 _NO_OPTIONS = StoreOptions()
 
-_SHARDS_PASSING = 5
+SHARDS_PASSING = 5
 """On a disk that shards only pass through: in the making, being published, being sent, and one waiting for each."""
 
 _BLOCK_ROWS = 256
@@ -366,7 +366,7 @@ def _check(job: _Job) -> Preflight:
     """What must hold before a byte is written; then the data root is ours."""
     agree_on_probe(job.root, job.manifest, job.prepared.encoder)
     figures = preflight(*job.prepared, job.root, workers=job.workload.workers, done_tokens=job.manifest.tokens)
-    check_disk(figures, job.root, shards_at_once=None if _stays(job) else _SHARDS_PASSING)
+    check_disk(figures, job.root, shards_at_once=None if _stays(job) else SHARDS_PASSING)
     job.manifest.software = _software(job.prepared.encoder)
     manifests.save(job.root, job.manifest)
     return figures
