@@ -99,7 +99,8 @@ def bring(
     for path in wanted:
         checked_path(path, store.name)
     if not wanted:
-        raise StorageError(f"{store.name}: no file there that is meant", next_step="check the URL and the patterns")
+        what = f"none of the {len(listed)} files there is meant" if listed else "no files there"
+        raise StorageError(f"{store.name}: {what}", next_step="check the URL and the patterns")
     _refuse_other(root, manifest)
     if dry_run:
         journal = Journal(root, store.name)
