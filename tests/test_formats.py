@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,24 @@ def test_a_folder_is_searched_for_one_format(tmp_path: Path) -> None:
     assert [file.path for file in corpus.files] == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"]
     both = find_corpus([str(tmp_path / "c" / "*.jsonl"), str(tmp_path / "c" / "README.txt")])
     assert len(both.files) == 5
+
+
+def test_readers_of_one_file_do_not_race(tmp_path: Path) -> None:
+    """As on a resume: several workers ask for spans that nobody has come to yet."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl([f"{n}" for n in range(400)]))
+    spans = list(find_corpus(str(tmp_path / "a.jsonl")).open(0, span_rows=50).spans())
+    for _ in range(100):
+        file = find_corpus(str(tmp_path / "a.jsonl")).open(0, span_rows=50)
+        file.keep_only(spans[4:])
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda span, file=file: file.read(span).array.to_pylist(), spans[4:]))
+        assert [text for texts in read for text in texts] == [f"{n}" for n in range(200, 400)]
+
+
+def test_deep_nesting_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000 + b'\n{"text": "good", "x": ' + b"[" * 100_000 + b"\n")
+    file = find_corpus(str(tmp_path / "a.jsonl")).open(0)
+    assert set(file.read(next(file.spans())).bad) == {0, 1}
 
 
 def test_two_sizes_of_span_read_the_same(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import os
 import random
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +23,7 @@ from conftest import command, text
 from servers import AWS, Site, moto, s3_client, serving
 from test_formats import jsonl
 from test_pipeline import every_digest
-from tokenmill import errors, http, retry
+from tokenmill import errors, http, retry, s3
 from tokenmill.demo import TOKENIZER
 from tokenmill.manifest import load
 from tokenmill.options import StoreOptions
@@ -318,24 +321,24 @@ def test_a_card_without_a_default_asks(site: Site, hub: dict[str, str], tmp_path
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
+def bucket() -> Iterator[str]:
     with moto() as endpoint:
         yield endpoint
 
 
 @pytest.mark.parametrize("dataset", ["s3://bucket/c", "s3://bucket/c/data/*.parquet", "s3://bucket/c/data/"])
-def test_a_bucket_gives_the_bytes_of_a_directory(tmp_path: Path, local: Path, s3: str, dataset: str) -> None:
+def test_a_bucket_gives_the_bytes_of_a_directory(tmp_path: Path, local: Path, bucket: str, dataset: str) -> None:
     for path, data in (train() | {"notes.md": b"no", "data/": b""}).items():
-        s3_client(s3).put_object(Bucket="bucket", Key=f"c/{path}", Body=data)
-    s3_client(s3).put_object(Bucket="bucket", Key="corpus-of-another/x.parquet", Body=b"no")
+        s3_client(bucket).put_object(Bucket="bucket", Key=f"c/{path}", Body=data)
+    s3_client(bucket).put_object(Bucket="bucket", Key="corpus-of-another/x.parquet", Body=b"no")
     env = environment("http://127.0.0.1:9", tmp_path)
-    result = run(tmp_path / "out", "--dataset", dataset, "--endpoint-url", s3, env=env)
+    result = run(tmp_path / "out", "--dataset", dataset, "--endpoint-url", bucket, env=env)
     assert result.returncode == 0, result.stderr
     names = [Path(file.path).name for file in load(tmp_path / "out").files]
     assert names == [Path(path).name for path in train()]
     assert shards(tmp_path / "out") == shards(local)
-    assert run(tmp_path / "out", "--deep", 9, "--endpoint-url", s3, env=env, name="verify").returncode == 0
-    by_variable = run(tmp_path / "out", "--dataset", dataset, env=env | {"AWS_ENDPOINT_URL": s3})
+    assert run(tmp_path / "out", "--deep", 9, "--endpoint-url", bucket, env=env, name="verify").returncode == 0
+    by_variable = run(tmp_path / "out", "--dataset", dataset, env=env | {"AWS_ENDPOINT_URL": bucket})
     assert "already complete" in by_variable.stdout, by_variable.stderr
 
 
@@ -343,7 +346,7 @@ def shards(root: Path) -> list[str]:
     return [shard.sha256 for shard in load(root).shards]
 
 
-def test_bucket_refusals(tmp_path: Path, s3: str) -> None:
+def test_bucket_refusals(tmp_path: Path, bucket: str) -> None:
     env = environment("http://127.0.0.1:9", tmp_path)
     nobody = {name: value for name, value in env.items() if not name.startswith("AWS_ACCESS")}
     cases = [
@@ -354,34 +357,34 @@ def test_bucket_refusals(tmp_path: Path, s3: str) -> None:
         ("s3://bucket/x", nobody, "AWS_ACCESS_KEY_ID"),
     ]
     for dataset, variables, message in cases:
-        result = run(tmp_path / "out", "--dataset", dataset, "--endpoint-url", s3, env=variables)
+        result = run(tmp_path / "out", "--dataset", dataset, "--endpoint-url", bucket, env=variables)
         assert (result.returncode, message in result.stderr) == (3, True), (dataset, result.stderr)
         assert "Traceback" not in result.stderr
         assert "testing" not in result.stderr
 
 
-def test_profiles_and_anonymous(tmp_path: Path, local: Path, s3: str) -> None:
+def test_profiles_and_anonymous(tmp_path: Path, local: Path, bucket: str) -> None:
     for path, data in train().items():
-        s3_client(s3).put_object(Bucket="bucket", Key=f"p/{path}", Body=data, ACL="public-read")
+        s3_client(bucket).put_object(Bucket="bucket", Key=f"p/{path}", Body=data, ACL="public-read")
     env = environment("http://127.0.0.1:9", tmp_path)
     nobody = {name: value for name, value in env.items() if not name.startswith("AWS_")}
     nobody |= {"AWS_EC2_METADATA_DISABLED": "true"}
     (tmp_path / "credentials").write_text("[mine]\naws_access_key_id = k\naws_secret_access_key = s\n")
-    (tmp_path / "config").write_text(f"[profile mine]\nregion = eu-west-1\nendpoint_url = {s3}\n")
+    (tmp_path / "config").write_text(f"[profile mine]\nregion = eu-west-1\nendpoint_url = {bucket}\n")
     profile = {"AWS_PROFILE": "mine", "AWS_CONFIG_FILE": str(tmp_path / "config")}
     profile |= {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials")}
     result = run(tmp_path / "a", "--dataset", "s3://bucket/p", env=nobody | profile)
     assert (result.returncode, same(tmp_path / "a", local)) == (0, True), result.stderr
-    result = run(tmp_path / "b", "--dataset", "s3://bucket/p", "--endpoint-url", s3, "--anonymous", env=nobody)
+    result = run(tmp_path / "b", "--dataset", "s3://bucket/p", "--endpoint-url", bucket, "--anonymous", env=nobody)
     assert (result.returncode, same(tmp_path / "b", local)) == (0, True), result.stderr
 
 
-def test_an_object_that_changes_is_found(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_that_changes_is_found(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in AWS.items():
         monkeypatch.setenv(name, value)
-    s3_client(s3).put_object(Bucket="bucket", Key="v/a.jsonl", Body=jsonl([text(i, 9) for i in range(50)]))
-    corpus = find_corpus("s3://bucket/v/a.jsonl", options=StoreOptions(s3))
-    s3_client(s3).put_object(Bucket="bucket", Key="v/a.jsonl", Body=jsonl([text(i, 9) for i in range(1, 51)]))
+    s3_client(bucket).put_object(Bucket="bucket", Key="v/a.jsonl", Body=jsonl([text(i, 9) for i in range(50)]))
+    corpus = find_corpus("s3://bucket/v/a.jsonl", options=StoreOptions(bucket))
+    s3_client(bucket).put_object(Bucket="bucket", Key="v/a.jsonl", Body=jsonl([text(i, 9) for i in range(1, 51)]))
     with pytest.raises(errors.SourceChangedError, match=r"a\.jsonl: changed while it was read"):
         list(corpus.open(0).spans())
 
@@ -403,6 +406,121 @@ def test_urls_and_what_they_must_not_leak(tmp_path: Path, site: Site) -> None:
         assert "secret1" not in missing.stderr
     recipe = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]
     assert recipe["dataset"] == [f"{base}/a.jsonl", f"{base}/b.jsonl"]
+
+
+def test_urls_that_share_a_path_are_refused() -> None:
+    """What tells them apart is not recorded, and the last one would stand for both."""
+    query = ["https://h/get.jsonl?part=0", "https://h/get.jsonl?part=1"]
+    for two in (query, ["https://h/a%2Fb.jsonl", "https://h/a/b.jsonl"]):
+        with pytest.raises(errors.SourceError, match="differ only in what is not recorded"):
+            find_corpus(two)
+    with pytest.raises(errors.SourceError, match="not a URL"):
+        find_corpus("https://[bad/x.parquet")
+
+
+def test_branches_of_the_hub_with_slashes(site: Site, hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, hub)
+    site.add("owner/converted", {"default/train/0000.parquet": train()["data/train-00000-of-00003.parquet"]})
+    site.branches["owner/converted", "refs/convert/parquet"] = site.branches["owner/converted", "main"]
+    for path in ("", "/default/train"):
+        corpus = find_corpus(f"hf://datasets/owner/converted@refs/convert/parquet{path}")
+        assert [file.path for file in corpus.files] == ["default/train/0000.parquet"]
+
+
+def test_arrow_files_are_fetched_once(site: Site, tmp_path: Path) -> None:
+    """Their reader looks at the end first."""
+    rows = [random.Random(i).randbytes(4_000).hex() for i in range(2_500)]
+    table = pa.table({"text": rows})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    data = (tmp_path / "a.arrow").read_bytes()
+    site.add("web/y", {"a.arrow": data})
+    with serving(site) as url:
+        file = find_corpus(f"{url}/datasets/web/y/resolve/main/a.arrow").open(0)
+        assert [text for span in file.spans() for text in file.read(span).array.to_pylist()] == rows
+    assert sum(nbytes for _, _, nbytes in site.log) < 1.1 * len(data)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers that no one should choke on; the path says which."""
+
+    def do_GET(self) -> None:
+        status, headers, body = {
+            "/redirect": (302, {"Location": "http://[bad/x"}, b""),
+            "/dots": (302, {"Location": "http://a..b/x"}, b""),
+            "/late": (503, {"Retry-After": "Sun, 06 Nov 999999 08:49:37 GMT"}, b""),
+            "/timeout": (400, {}, b"<Error><Code>RequestTimeout</Code></Error>"),
+            "/cloud": (522, {}, b""),
+            "/never": (501, {}, b"<Error><Code>NotImplemented</Code><Message>secret</Message></Error>"),
+        }[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        left = int(self.headers["Content-Length"])
+        while left:
+            left -= len(self.rfile.read(min(left, 1 << 20)))
+            time.sleep(0.1)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "says"),
+    [
+        ("/redirect", retry.AnswerError, "HTTP 0"),
+        ("/dots", retry.AnswerError, "HTTP 0"),
+        ("/late", retry.TransientError, "503"),
+        ("/timeout", retry.TransientError, "RequestTimeout"),
+        ("/cloud", retry.TransientError, "522"),
+        ("/never", retry.AnswerError, "NotImplemented"),
+    ],
+)
+def test_odd_answers_are_faults_and_no_tracebacks(odd: str, path: str, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        http.HttpClient().read(odd + path, 0, 10, total=10)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_slow_receiver_is_waited_for(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-out is for a block, not for all of a large body."""
+    monkeypatch.setattr(http, "CONNECT_SECONDS", 0.8)
+    monkeypatch.setattr(http, "STALL_SECONDS", 10.0)
+    begun = time.monotonic()
+    http.HttpClient().put(odd + "/slow", bytes(20 << 20))
+    assert time.monotonic() - begun > 1
+
+
+def test_signed_urls_are_of_the_buckets_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWS redirects calls to where a bucket is, but not signed URLs."""
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    found = s3.Bucket("b", http.HttpClient())
+    headers = {"ResponseMetadata": {"HTTPHeaders": {"x-amz-bucket-region": "eu-west-1"}}}
+    monkeypatch.setattr(found._client, "head_bucket", lambda **_: headers)
+    assert "%2Feu-west-1%2Fs3%2F" in found._sign("get_object", Key="k")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    other = s3.Bucket("b", http.HttpClient(), endpoint_url="http://127.0.0.1:9")
+    assert "%2Feu-central-1%2F" in other._sign("get_object", Key="k")
 
 
 def test_one_corpus_is_in_one_kind_of_place(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tenacity
@@ -218,6 +220,17 @@ def test_another_data_set_is_not_mixed_in(server: str, root: Path, tmp_path: Pat
     pretokenize(Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=700), tmp_path / "other")
     with pytest.raises(errors.DataRootError, match="holds another data set"):
         download(store(server, "one"), tmp_path / "other")
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        upload(tmp_path / "other", store(server, "one"))
+    # The same settings over another corpus are another data set, and one shard of it as well.
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=5_000, buffer_size=40)
+    pretokenize(recipe, tmp_path / "alike")
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        download(store(server, "one"), tmp_path / "alike", Selection(shards=range(1)))
+    before = bucket(server, "one")
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        pretokenize(recipe, tmp_path / "straight", store=StoreOptions(server), upload_to="s3://bucket/one")
+    assert bucket(server, "one") == before == contents(root)
     with storage.held(root), pytest.raises(errors.DataRootError, match="another tokenmill process"):
         upload(root, store(server, "two"))
 
@@ -339,6 +352,49 @@ def test_a_begun_upload_is_gone_on_with_and_others_are_aborted(server: str, root
     assert moved["tokens.bin"] == len(whole) - 2_048
     assert bucket(server, "begun-up") == contents(root)
     assert pending(server, "begun-up") == []
+
+
+def test_partials_of_other_files_are_left_alone(server: str, tmp_path: Path) -> None:
+    for name in ("x.npy", "x.npy.sha256"):
+        s3_client(server).put_object(Bucket="bucket", Key=f"alike/{name}", Body=bytes(5_000))
+    there, new = store(server, "alike"), tmp_path / "new"
+    new.mkdir()
+    run = downloads._Download(there, new, {}, {}, lambda done, total: None)
+    other = run._partial(there.files()["x.npy.sha256"])
+    other.write_bytes(bytes(4_000))
+    download(there, new, Selection(include=("x.npy",)))
+    assert other.exists()
+
+
+def test_a_store_whose_etags_are_new_each_time(server: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with keys of the customer's own: what arrived is read back instead, and found if it is wrong."""
+    monkeypatch.setattr(retry, "_backoff", tenacity.wait_none())
+    there = store(server, "keyed")
+    real = there.bucket.put_part
+    number = itertools.count()
+
+    def put_part(*arguments: Any) -> str:
+        real(*arguments)
+        return f'"{next(number):032x}"'
+
+    def complete(key: str, upload: str, parts: list[s3.UploadedPart]) -> str:
+        return s3.Bucket.complete_upload(there.bucket, key, upload, there.bucket.parts(key, upload))
+
+    monkeypatch.setattr(there.bucket, "put_part", put_part)
+    monkeypatch.setattr(there.bucket, "complete_upload", complete)
+    monkeypatch.setattr(uploads, "parts_etag", lambda etags: '"other"')
+    upload(root, there)
+    assert bucket(server, "keyed") == contents(root)
+    (root / "notes" / "extra.bin").write_bytes(bytes(9_000))
+    monkeypatch.setattr(
+        there.bucket,
+        "read",
+        lambda found, at, n: (
+            bytearray(b"x" * n) if "extra" in found.key else s3.Bucket.read(there.bucket, found, at, n)
+        ),
+    )
+    with pytest.raises(errors.StorageError, match=r"extra\.bin: expected sha256 .* deleted there"):
+        upload(root, there)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -89,7 +90,7 @@ def bring(
     started = time.monotonic()
     listed = store.files()
     records = {name: _read_record(store, listed[name]) for name in RECORDS if name in listed}
-    manifest, record = _decoded(store, records)
+    manifest, record = _decoded(store.name, records)
     if selection.is_whole and (lost := missing(manifest, record, listed)):
         raise StorageError(
             f"{store.name}: {lost[0]} is not there, but its records speak of it ({len(lost)} such files)",
@@ -101,7 +102,7 @@ def bring(
     if not wanted:
         what = f"none of the {len(listed)} files there is meant" if listed else "no files there"
         raise StorageError(f"{store.name}: {what}", next_step="check the URL and the patterns")
-    _refuse_other(root, manifest)
+    refuse_other(root, manifests.load(root) if root.is_dir() else None, manifest)
     if dry_run:
         journal = Journal(root, store.name)
         moved = [
@@ -140,9 +141,15 @@ def _read_record(store: Store, file: StoredFile) -> bytes:
     raise StorageError(f"{store.name}/{file.path}: arrives differently each time", next_step="check the network")
 
 
-def _decoded(store: Store, records: dict[str, bytes]) -> tuple[Manifest | None, Consolidated | None]:
+def stored_manifest(store: Store, listed: dict[str, StoredFile]) -> Manifest | None:
+    """The manifest of a store; None if it has none."""
+    if layout.MANIFEST not in listed:
+        return None
+    return _decoded(store.name, {layout.MANIFEST: _read_record(store, listed[layout.MANIFEST])})[0]
+
+
+def _decoded(name: str, records: dict[str, bytes]) -> tuple[Manifest | None, Consolidated | None]:
     """The records, if they are tokenmill's."""
-    name = store.name
     try:
         manifest = manifests.decode(records[layout.MANIFEST], Manifest, name) if layout.MANIFEST in records else None
         record = (
@@ -155,15 +162,17 @@ def _decoded(store: Store, records: dict[str, bytes]) -> tuple[Manifest | None, 
     return manifest, record
 
 
-def _refuse_other(root: Path, theirs: Manifest | None) -> None:
-    """What is in `root` already must be of the same data set."""
-    ours = manifests.load(root) if root.is_dir() else None
-    if ours is None or theirs is None:
-        return
-    if (ours.fingerprint, ours.tokenizer.sha256) != (theirs.fingerprint, theirs.tokenizer.sha256):
+def refuse_other(place: Path | str, there: Manifest | None, coming: Manifest | None) -> None:
+    """What a place holds already must be of the data set that comes to it.
+
+    Raises:
+        DataRootError: otherwise.
+    """
+    if there is not None and coming is not None and not there.is_of(coming):
         raise DataRootError(
-            f"{root}: holds another data set: fingerprint {ours.fingerprint} there, {theirs.fingerprint} in the store",
-            next_step="choose another directory",
+            f"{place}: holds another data set: its manifest is of another recipe (fingerprint {there.fingerprint} "
+            f"there, {coming.fingerprint} here), tokenizer or corpus",
+            next_step="choose another place, or delete what is there",
         )
 
 
@@ -260,8 +269,9 @@ class _Download:
             self._note_progress(file.nbytes)
             return Moved(file.path, file.nbytes, True, 0, self._proof(file))
         partial = self._partial(file)
-        for other in path.parent.glob(f"{_escaped(path.name)}.*{layout.PARTIAL_SUFFIX}"):
-            if other != partial:
+        pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}" + re.escape(layout.PARTIAL_SUFFIX))
+        for other in path.parent.glob(f"*{layout.PARTIAL_SUFFIX}"):
+            if other != partial and pattern.fullmatch(other.name):
                 with storage.reported(other):
                     other.unlink()
         before: str | None = None
@@ -349,7 +359,3 @@ class _Download:
         with self._lock:
             self._done_nbytes += nbytes
             self._show(self._done_nbytes, self._total_nbytes)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

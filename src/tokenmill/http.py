@@ -7,17 +7,19 @@ retries. Nothing received is believed before its length is what was asked for.
 from __future__ import annotations
 
 import email.utils
+import io
 import logging
+import re
 import time
 import urllib.parse
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from tokenmill.retry import AnswerError, ChangedError, TransientError
+from tokenmill.retry import AnswerError, ChangedError, TransientError, is_transient
 
 CONNECTIONS = 16
 
@@ -28,7 +30,7 @@ SLOWEST_NBYTES_PER_SECOND = 1 << 16
 """A connection that is slower for long is given up for a new one."""
 
 _CHUNK_NBYTES = 1 << 20
-_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_BLOCK_NBYTES = 1 << 18
 
 
 class Head(NamedTuple):
@@ -50,7 +52,7 @@ class HttpClient:
         self._session = requests.Session()
         self._session.auth = _no_auth
         self._session.headers["Accept-Encoding"] = "identity"
-        adapter = HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS)
+        adapter = _Adapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
 
@@ -133,25 +135,34 @@ class HttpClient:
             return self._session.request(
                 method,
                 url,
-                data=data,
+                data=io.BytesIO(data) if data else data,  # in blocks: a timeout is for each, not for all
                 headers=dict(headers),
                 stream=True,
                 timeout=(CONNECT_SECONDS, STALL_SECONDS),
             )
         except requests.exceptions.SSLError as error:
             raise AnswerError(0, f"no trusted connection to {_host(url)}: {_reason(error)}") from None
-        except (requests.ConnectionError, requests.Timeout) as error:
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             raise TransientError(f"{_host(url)}: {_reason(error)}") from None
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise AnswerError(0, f"{_host(url)}: {_reason(error)}") from None
 
     @staticmethod
     def _refuse(response: requests.Response) -> None:
-        if response.status_code in _TRANSIENT_STATUS:
-            reason = f"{_host(response.url)}: HTTP {response.status_code} {response.reason}"
+        if response.status_code in (200, 206):
+            return
+        code = _code(response)
+        if is_transient(response.status_code, code):
+            reason = f"{_host(response.url)}: HTTP {response.status_code} {code or response.reason}"
             raise TransientError(reason, _retry_after(response))
-        if response.status_code not in (200, 206):
-            raise AnswerError(response.status_code, response.reason)
+        raise AnswerError(response.status_code, code or response.reason)
+
+
+class _Adapter(HTTPAdapter):
+    """Sends bodies in blocks that are worth a system call."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, blocksize=_BLOCK_NBYTES)
 
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -201,7 +212,19 @@ def _retry_after(response: requests.Response) -> float:
     if value.isdecimal():
         return float(value)
     date = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    try:
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _code(response: requests.Response) -> str:
+    """What S3 calls the error; empty elsewhere. The rest of its answer may hold parts of the request."""
+    try:
+        found = re.search(rb"<Code>(\w{1,64})</Code>", response.raw.read(1 << 16) or b"")
+    except (urllib3.exceptions.HTTPError, OSError):
+        return ""
+    return found[1].decode() if found else ""
 
 
 def _host(url: str) -> str:

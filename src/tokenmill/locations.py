@@ -133,8 +133,15 @@ def without_secrets(dataset: str | Sequence[str]) -> str | tuple[str, ...]:
         return tuple(str(without_secrets(entry)) for entry in dataset)
     if _scheme(dataset) not in ("http", "https"):
         return dataset
-    url = urllib.parse.urlsplit(dataset)
+    url = _split(dataset)
     return urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise SourceError(f"not a URL: {error}", next_step="correct --dataset") from None
 
 
 def _first_format(name: str, paths: Iterable[str]) -> list[str]:
@@ -270,8 +277,13 @@ class _WebFiles(_Remote):
         self.name = "https:/" if all(url.lower().startswith("https") for url in urls) else "http:/"
         self._urls: dict[str, str] = {}
         for url in urls:
-            parts = urllib.parse.urlsplit(url)
-            self._urls[parts.netloc.rpartition("@")[2] + urllib.parse.unquote(parts.path)] = url
+            parts = _split(url)
+            path = parts.netloc.rpartition("@")[2] + urllib.parse.unquote(parts.path)
+            if self._urls.setdefault(path, url) != url:
+                raise SourceError(
+                    f"{path}: named by two URLs that differ only in what is not recorded",
+                    next_step="give each file a path of its own, or download them first",
+                )
         _refuse_unknown(self._urls)
 
     def files(self) -> list[SourceFile]:
@@ -344,7 +356,7 @@ class _HubFiles(_Remote):
 def _hub_parts(dataset: str) -> tuple[str, str | None, str]:
     """Name, revision and path in the repository."""
     rest = dataset.removeprefix("hf://").removeprefix("datasets/")
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^/]+(?:%2F[^/]+)*|refs/[\w-]+/[^/]+))?(?:/(.*))?", rest)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(refs/[\w-]+/[^/]+|[^/]+))?(?:/(.*))?", rest)
     if match is None or (dataset.startswith("hf://") and not dataset.startswith("hf://datasets/")):
         raise SourceError(
             f"{dataset}: expected hf://datasets/OWNER/NAME[@REVISION][/PATH]",

@@ -156,6 +156,17 @@ class Manifest(msgspec.Struct, kw_only=True):
         """Bytes of a token."""
         return _ITEMSIZES[self.stored_dtype]
 
+    def is_of(self, other: Manifest) -> bool:
+        """Whether both are of one data set: the same recipe, tokenizer and corpus."""
+        ours, theirs = ([(file.path, file.nbytes) for file in manifest.files] for manifest in (self, other))
+        etags = [(a.etag, b.etag) for a, b in zip(self.files, other.files, strict=False)]
+        return (
+            self.fingerprint == other.fingerprint
+            and self.tokenizer.sha256 == other.tokenizer.sha256
+            and ours == theirs
+            and all(None in pair or pair[0] == pair[1] for pair in etags)
+        )
+
     @property
     def is_begun(self) -> bool:
         """Whether any shard was made."""

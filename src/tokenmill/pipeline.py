@@ -226,7 +226,7 @@ def pretokenize(
     with storage.held(root):
         begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
-        destination = _destination(root, upload_to, store, keep_local=keep_local, consolidated=consolidated)
+        destination = _destination(root, manifest, upload_to, store, keep_local=keep_local, consolidated=consolidated)
         job = _Job(root, manifest, prepared, workload, destination)
         storage.remove_partials(root)
         if begun is None:
@@ -249,7 +249,13 @@ def pretokenize(
 
 
 def _destination(
-    root: Path, upload_to: str | None, store: StoreOptions, *, keep_local: bool, consolidated: bool
+    root: Path,
+    manifest: Manifest,
+    upload_to: str | None,
+    store: StoreOptions,
+    *,
+    keep_local: bool,
+    consolidated: bool,
 ) -> Destination | None:
     if upload_to is None:
         if not keep_local:
@@ -263,7 +269,7 @@ def _destination(
             f"{layout.TOKENS} is one file, which grows to the end of the run: it cannot leave piece by piece",
             next_step="leave out --consolidated or --keep-local no",
         )
-    return Destination(Sender(root, opened), keep_local)
+    return Destination(Sender(root, opened, manifest), keep_local)
 
 
 def _send_shard(job: _Job, record: ShardRecord) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,8 @@ class RemoteFile(io.RawIOBase):
         """The planned part that holds `offset`; those before it are let go."""
         if self._current is not None and self._current[0].begin <= offset < self._current[0].end:
             return self._current
+        if offset >= max((part.end for part, _ in itertools.islice(self._coming, 2)), default=0):
+            return None  # a look at what is far behind, a footer say, is no reason to forget what is coming
         while self._coming and self._coming[0][0].begin <= offset:
             part, future = self._coming.popleft()
             self._fetch_ahead()

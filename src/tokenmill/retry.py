@@ -19,6 +19,8 @@ TRIES = 8
 MAX_RETRY_AFTER_SECONDS = 600.0
 """A server that asks for more than this is not waited for so long."""
 
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
+
 _backoff = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 
 
@@ -33,6 +35,11 @@ class TransientError(Exception):
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def is_transient(status: int, code: str = "") -> bool:
+    """Whether an HTTP status, or the code S3 gives with it, may be another at the next try."""
+    return status in (408, 425, 429) or (status >= 500 and status != 501) or code in _TRANSIENT_CODES
 
 
 class AnswerError(Exception):

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from tokenmill.errors import StorageError
 from tokenmill.http import CONNECT_SECONDS, CONNECTIONS, STALL_SECONDS, HttpClient
-from tokenmill.retry import AnswerError, TransientError
+from tokenmill.retry import AnswerError, TransientError, is_transient
 
 T = TypeVar("T")
 
 _SIGNED_SECONDS = 3600
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
 
 
 class S3Object(NamedTuple):
@@ -53,7 +53,10 @@ class Bucket:
     def __init__(self, name: str, http: HttpClient, *, endpoint_url: str | None = None, anonymous: bool = False):
         self.name = name
         self._http = http
-        self._client = _client(endpoint_url, anonymous)
+        self._endpoint_url, self._anonymous = endpoint_url, anonymous
+        self._client = _client(endpoint_url, anonymous, None)
+        self._signer: Any = None
+        """A client of the bucket's own region, once that was asked for."""
 
     def objects(self, prefix: str) -> Iterator[S3Object]:
         """Objects whose key begins with `prefix`, by key."""
@@ -153,13 +156,28 @@ class Bucket:
         self._tried(lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload))
 
     def _sign(self, operation: str, **parameters: object) -> str:
-        return self._tried(
-            lambda: str(
-                self._client.generate_presigned_url(
-                    operation, Params={"Bucket": self.name, **parameters}, ExpiresIn=_SIGNED_SECONDS
-                )
-            )
-        )
+        def sign() -> str:
+            if self._signer is None:
+                region = self._region()
+                same = region in (None, self._client.meta.region_name)
+                self._signer = self._client if same else _client(self._endpoint_url, self._anonymous, region)
+            named = {"Bucket": self.name, **parameters}
+            return str(self._signer.generate_presigned_url(operation, Params=named, ExpiresIn=_SIGNED_SECONDS))
+
+        return self._tried(sign)
+
+    def _region(self) -> str | None:
+        """Where AWS keeps the bucket; None for other stores. Calls are redirected there, signed URLs are not."""
+        from botocore.exceptions import ClientError
+
+        if not str(urllib.parse.urlsplit(self._client.meta.endpoint_url).hostname).endswith(".amazonaws.com"):
+            return None
+        try:
+            answer = self._client.head_bucket(Bucket=self.name)
+        except ClientError as error:
+            answer = error.response  # says it, too
+        region = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        return None if region is None else str(region)
 
     def _tried(self, task: Callable[[], T]) -> T:
         """Run a call of `botocore`, its errors as ours."""
@@ -170,7 +188,7 @@ class Bucket:
         except exceptions.ClientError as error:
             metadata = error.response.get("ResponseMetadata", {})
             status, code = int(metadata.get("HTTPStatusCode", 0)), str(error.response.get("Error", {}).get("Code", ""))
-            if status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES:
+            if is_transient(status, code):
                 after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
                 raise TransientError(f"HTTP {status} {code}", float(after) if after.isdecimal() else 0.0) from None
             raise AnswerError(status, code) from None
@@ -186,7 +204,8 @@ class Bucket:
             ) from None
 
 
-def _client(endpoint_url: str | None, anonymous: bool) -> Any:  # botocore makes its methods as it runs
+def _client(endpoint_url: str | None, anonymous: bool, region: str | None) -> Any:
+    """A client, whose methods botocore makes as it runs."""
     try:
         import botocore.session
         from botocore import UNSIGNED
@@ -207,7 +226,8 @@ def _client(endpoint_url: str | None, anonymous: bool) -> Any:  # botocore makes
     )
     try:
         session = botocore.session.get_session()
-        region = session.get_config_variable("region") or "us-east-1"
+        # AWS_REGION is what the other SDKs read; botocore knows AWS_DEFAULT_REGION and profiles.
+        region = region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
         return session.create_client("s3", region_name=region, endpoint_url=endpoint_url, config=config)
     except (BotoCoreError, ValueError) as error:
         raise StorageError(

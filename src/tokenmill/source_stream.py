@@ -51,6 +51,7 @@ class StreamedFile(ABC, Generic[C]):
         self._next_row = 0
         self._next_unit = 0
         self._sample: pa.Array | None = None
+        self._error: SourceError | None = None
         self._advancing = threading.Lock()
         self._lock = threading.Lock()
 
@@ -64,17 +65,21 @@ class StreamedFile(ABC, Generic[C]):
 
     def read(self, span: Span) -> Texts:
         """The text of a span; goes on through the file up to it if need be."""
-        while True:
-            with self._lock:
-                if span in self._found:
-                    piece = self._found.pop(span)
-                    break
-            if self._next_row > span.first_row or self._advance() is None:
-                raise SourceError(
-                    f"{self.name}: the source changed: rows {span.first_row} and after are no longer where they were",
-                    next_step="restore the file, or start in another directory",
-                )
+        piece = self._take(span)
+        if piece is None:
+            with self._advancing:  # whoever held it may have come past the span
+                while (piece := self._take(span)) is None:
+                    if self._next_row > span.first_row or self._find_next() is None:
+                        raise SourceError(
+                            f"{self.name}: the source changed: rows {span.first_row} and after are no longer where "
+                            "they were",
+                            next_step="restore the file, or start in another directory",
+                        )
         return self._parse(piece, span)
+
+    def _take(self, span: Span) -> C | None:
+        with self._lock:
+            return self._found.pop(span, None)
 
     def keep_only(self, spans: Collection[Span]) -> None:
         """Say which spans will be read, so that none is kept for nobody."""
@@ -108,23 +113,33 @@ class StreamedFile(ABC, Generic[C]):
     def _advance(self) -> Span | None:
         """Find the next span; None at the end of the file."""
         with self._advancing:
-            try:
-                rows, piece = next(self._pieces)
-            except StopIteration:
-                self.rows = self._next_row
-                return None
-            except FileNotFoundError:
-                raise gone(self.name) from None
-            except (pa.ArrowException, OSError) as error:
-                after = f"after row {self._next_row}" if self._next_row else "at its beginning"
-                raise SourceError(f"{self.name}: cannot be read {after}: {first_line(error)}", next_step=MEND) from None
-            span = Span(self._next_row, rows, self._next_unit)
-            if self._wanted is None or span in self._wanted:
-                with self._lock:
-                    self._found[span] = piece
-            self._next_row += rows
-            self._next_unit += 1
-            return span
+            return self._find_next()
+
+    def _find_next(self) -> Span | None:
+        if self._error is not None:
+            raise self._error
+        try:
+            rows, piece = next(self._pieces)
+        except StopIteration:
+            self.rows = self._next_row
+            return None
+        except SourceError as error:
+            self._error = error  # for those who ask after this
+            raise
+        except FileNotFoundError:
+            self._error = gone(self.name)
+            raise self._error from None
+        except (pa.ArrowException, OSError) as error:
+            after = f"after row {self._next_row}" if self._next_row else "at its beginning"
+            self._error = SourceError(f"{self.name}: cannot be read {after}: {first_line(error)}", next_step=MEND)
+            raise self._error from None
+        span = Span(self._next_row, rows, self._next_unit)
+        if self._wanted is None or span in self._wanted:
+            with self._lock:
+                self._found[span] = piece
+        self._next_row += rows
+        self._next_unit += 1
+        return span
 
     @abstractmethod
     def _read_through(self) -> Any:
@@ -198,7 +213,7 @@ class JsonLinesFile(_Delimited):
             text = None
             try:
                 text = self._decode(line).text if line and not line.isspace() else ""
-            except (msgspec.DecodeError, UnicodeError) as error:
+            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
                 text = None
                 bad[row] = f"line {span.first_row + row + 1}: {first_line(error)}"
             texts.append(text)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
-from tokenmill.downloads import bring
+from tokenmill.downloads import bring, refuse_other, stored_manifest
 from tokenmill.errors import DataRootError, StorageError
+from tokenmill.manifest import Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.retry import AnswerError, ChangedError, TransientError
 from tokenmill.s3 import S3Object, UploadedPart, md5_etag, parts_etag
@@ -86,7 +87,7 @@ def send(
     wanted = {path: file for path, file in here.files().items() if selection.takes(path)}
     if not wanted:
         raise DataRootError(f"{root}: no file there that is meant", next_step="check the directory and the patterns")
-    sender = Sender(root, store, show)
+    sender = Sender(root, store, manifests.load(root), show)
     if dry_run:
         there = {path: sender.is_there(file) for path, file in wanted.items()}
         moved = [
@@ -112,15 +113,19 @@ class Sender:
     Args:
         root: the data root.
         store: where to; listed once, now.
+        coming: the manifest of what is to be sent, which must be that of what is there, if there is one.
         show: called with bytes that travelled and bytes that are to.
     """
 
-    def __init__(self, root: Path, store: BucketStore, show: Show = lambda done, total: None) -> None:
+    def __init__(
+        self, root: Path, store: BucketStore, coming: Manifest | None, show: Show = lambda done, total: None
+    ) -> None:
         self._root = root
         self._here = FolderStore(root)
         self._store = store
         self._show = show
         self._there = store.files()
+        refuse_other(store.name, stored_manifest(store, self._there), coming)
         self._journal = Journal(root, store.name)
         self._lock = threading.Lock()
         self._done_nbytes = 0
@@ -152,7 +157,6 @@ class Sender:
         data = [file for path, file in wanted.items() if path not in RECORDS]
         self._total_nbytes = sum(file.nbytes for file in wanted.values() if not self.is_there(file))
         try:
-            self._withdraw_manifest(data)
             with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file") as files:
                 try:
                     futures = [files.submit(self.send_file, file, known.get(file.path)) for file in data]
@@ -181,14 +185,12 @@ class Sender:
         self._stopped = True
         self._store.retrier.stop()
 
-    def _withdraw_manifest(self, data: list[StoredFile]) -> None:
-        """A manifest there must not speak of files that are about to become others."""
-        if layout.MANIFEST not in self._there:
-            return
-        if any(file.path in self._there and not self.is_there(file) and not self._equals(file) for file in data):
-            name = layout.MANIFEST
-            self._store.ask(name, lambda: self._store.bucket.delete(self._store.key(name)))
-            del self._there[name]
+    def _withdraw_manifest(self) -> None:
+        """A manifest there must not speak of a file that is about to become another."""
+        with self._lock:
+            if layout.MANIFEST in self._there:
+                self._store.ask(layout.MANIFEST, lambda: self._store.bucket.delete(self._store.key(layout.MANIFEST)))
+                del self._there[layout.MANIFEST]
 
     def _look(self, paths: list[str]) -> None:
         """What the store lists must be what was sent."""
@@ -215,6 +217,8 @@ class Sender:
             self._journal.note(self._there[file.path])
             self._note_progress(file.nbytes)
             return Moved(file.path, file.nbytes, True, 0, "etag")
+        if file.path in self._there and file.path not in RECORDS:
+            self._withdraw_manifest()
         if file.nbytes <= WHOLE_NBYTES:
             etag, moved = self._send_whole(file, sha256)
         else:
@@ -294,7 +298,7 @@ class Sender:
         if sha256 is not None and digest.hexdigest() != sha256:
             self._abort(file.path, upload)
             self._refuse_damaged(file, sha256, digest.hexdigest())
-        etag = self._complete(file, upload, parts, parts_etag(sums))
+        etag = self._complete(file, upload, parts)
         if etag != parts_etag(sums):
             self._compare(file, etag, digest.hexdigest())
         return etag, moved
@@ -333,8 +337,8 @@ class Sender:
             if self._stopped:
                 raise StorageError(f"{path}: stopped", next_step="run the same command again")
             etag = self._store.bucket.put_part(key, upload, number, data)
-            # Another ETag twice: the store makes them of something else, and the whole is read back later.
-            if etag != md5 and etag not in others:
+            # Twice: the store makes its ETags of something else, and the whole is read back at the end.
+            if etag != md5 and not others:
                 others.append(etag)
                 raise TransientError("other bytes arrived than were sent")
             return etag
@@ -343,16 +347,16 @@ class Sender:
         self._note_progress(len(data))
         return UploadedPart(number, len(data), etag)
 
-    def _complete(self, file: StoredFile, upload: str, parts: list[UploadedPart], expected: str) -> str:
+    def _complete(self, file: StoredFile, upload: str, parts: list[UploadedPart]) -> str:
         key, bucket = self._store.key(file.path), self._store.bucket
 
         def complete() -> str:
             try:
                 return bucket.complete_upload(key, upload, parts)
             except AnswerError:
-                # An answer that was lost: the first try did it.
+                # An answer that was lost: the first try did it. What is there is compared, whatever its ETag.
                 found = bucket.head(key)
-                if found is not None and (found.nbytes, found.etag) == (file.nbytes, expected):
+                if found is not None and found.nbytes == file.nbytes:
                     return found.etag
                 raise
 
