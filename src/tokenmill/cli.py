@@ -475,11 +475,8 @@ def _transfer(
     as_json: bool,
 ) -> None:
     from tokenmill import report
-    from tokenmill.allocator import keep_freed_memory
     from tokenmill.progress import byte_display
     from tokenmill.transfer import Selection, shard_range
-
-    keep_freed_memory()
 
     selection = Selection(include, exclude, None if shards is None else shard_range(shards))
     _catch_signals()

@@ -6,6 +6,7 @@ prefix: the next one reads that back and goes on behind it. It gets its name whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -40,8 +41,8 @@ from tokenmill.transfer import (
 
 PART_NBYTES = 16 << 20
 FILES_AT_ONCE = 4
-_PARTS_AHEAD = 2
-"""Per file; memory is FILES_AT_ONCE × (_PARTS_AHEAD + 1) × PART_NBYTES."""
+_PARTS_AHEAD = 1
+"""Per file; memory is FILES_AT_ONCE × (_PARTS_AHEAD + 2) × PART_NBYTES."""
 
 _TRIES = 3
 """For a file whose bytes arrive wrong."""
@@ -201,6 +202,8 @@ class _Download:
         self._total_nbytes = 0
         self._files = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file")
         self._parts = ThreadPoolExecutor(FILES_AT_ONCE * (_PARTS_AHEAD + 1), thread_name_prefix="part")
+        self._free: deque[bytearray] = deque()
+        """Memory of parts that were written, for others."""
         self._stopped = False
 
     def fetch(self, records: dict[str, bytes]) -> list[Moved]:
@@ -331,6 +334,8 @@ class _Download:
             for part in self._parts_from(file, begun):
                 opened.write(part)
                 take(part)
+                if isinstance(part, bytearray) and len(part) == PART_NBYTES:
+                    self._free.append(part)
             opened.flush()
             os.fsync(opened.fileno())
         return _Fetched(digest.found, file.nbytes - begun)
@@ -353,7 +358,11 @@ class _Download:
     def _read(self, file: StoredFile, offset: int, nbytes: int) -> bytes | bytearray:
         if self._stopped:
             raise StorageError(f"{file.path}: stopped", next_step="run the same command again")
-        return self._store.read(file, offset, nbytes)
+        into = None
+        if nbytes == PART_NBYTES:
+            with contextlib.suppress(IndexError):
+                into = self._free.pop()
+        return self._store.read(file, offset, nbytes, into)
 
     def _note_progress(self, nbytes: int) -> None:
         with self._lock:

@@ -29,7 +29,7 @@ STALL_SECONDS = 30.0
 SLOWEST_NBYTES_PER_SECOND = 1 << 16
 """A connection that is slower for long is given up for a new one."""
 
-_CHUNK_NBYTES = 1 << 20
+_CHUNK_NBYTES = 1 << 17
 _BLOCK_NBYTES = 1 << 18
 
 
@@ -84,8 +84,11 @@ class HttpClient:
         total: int,
         etag: str | None = None,
         headers: Mapping[str, str] | None = None,
+        into: bytearray | None = None,
     ) -> tuple[bytearray, str]:
         """Bytes `offset` to `offset + nbytes` of a file of `total`, and the URL that redirects led to.
+
+        `into`, if it has that size, holds them then: fresh memory costs as much as receiving does.
 
         Raises:
             TransientError: a fault on the way, or a body of another length.
@@ -112,7 +115,7 @@ class HttpClient:
             seen = response.headers.get("ETag")
             if etag is not None and seen is not None and seen.removeprefix("W/") != etag.removeprefix("W/"):
                 raise ChangedError(f"expected ETag {etag}, found {seen}")
-            return _body(response, nbytes), response.url
+            return _body(response, nbytes, into), response.url
         finally:
             response.close()
 
@@ -170,15 +173,16 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-def _body(response: requests.Response, nbytes: int) -> bytearray:
+def _body(response: requests.Response, nbytes: int, into: bytearray | None) -> bytearray:
     """Exactly `nbytes`, in bounded time."""
-    body, found = bytearray(nbytes), 0
+    body, found = into if into is not None and len(into) == nbytes else bytearray(nbytes), 0
     began = time.monotonic()
     limit = STALL_SECONDS + nbytes / SLOWEST_NBYTES_PER_SECOND
     host = _host(response.url)
     try:
         while chunk := response.raw.read1(_CHUNK_NBYTES):
-            body[found : found + len(chunk)] = chunk  # what is more than asked for makes it longer
+            if found + len(chunk) <= nbytes:
+                body[found : found + len(chunk)] = chunk
             found += len(chunk)
             if time.monotonic() - began > limit or found > nbytes:
                 break

@@ -90,10 +90,10 @@ class Bucket:
             return None
         return int(found["ContentLength"]) if found.get("PartsCount", 0) > 1 else None
 
-    def read(self, found: S3Object, offset: int, nbytes: int) -> bytearray:
-        """Bytes of an object that is still the one found; raises ChangedError if not."""
+    def read(self, found: S3Object, offset: int, nbytes: int, into: bytearray | None = None) -> bytearray:
+        """Bytes of an object (see `HttpClient.read`) that is still the one found; raises ChangedError if not."""
         url = self._sign("get_object", Key=found.key)
-        return self._http.read(url, offset, nbytes, total=found.nbytes, etag=found.etag)[0]
+        return self._http.read(url, offset, nbytes, total=found.nbytes, etag=found.etag, into=into)[0]
 
     def put(self, key: str, data: bytes) -> str:
         """Store a whole object; its ETag."""

@@ -44,8 +44,8 @@ class Store(Protocol):
         """By path, sorted."""
         ...
 
-    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes | bytearray:
-        """Bytes of a file that is still the one listed."""
+    def read(self, file: StoredFile, offset: int, nbytes: int, into: bytearray | None = None) -> bytes | bytearray:
+        """Bytes of a file that is still the one listed, in `into` if that serves."""
         ...
 
     def part_nbytes(self, file: StoredFile) -> int | None:
@@ -101,7 +101,7 @@ class FolderStore:
             stat = (self.root / path).stat()
         return StoredFile(path, stat.st_size, str(stat.st_mtime_ns))
 
-    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
+    def read(self, file: StoredFile, offset: int, nbytes: int, into: bytearray | None = None) -> bytes:
         path = self.root / file.path
         with readable(path), path.open("rb") as opened:
             opened.seek(offset)
@@ -154,9 +154,9 @@ class BucketStore:
                 found[path] = StoredFile(path, each.nbytes, each.etag)
         return dict(sorted(found.items()))
 
-    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytearray:
+    def read(self, file: StoredFile, offset: int, nbytes: int, into: bytearray | None = None) -> bytearray:
         found = S3Object(self.key(file.path), file.nbytes, file.etag)
-        return self.ask(file.path, lambda: self.bucket.read(found, offset, nbytes))
+        return self.ask(file.path, lambda: self.bucket.read(found, offset, nbytes, into))
 
     def part_nbytes(self, file: StoredFile) -> int | None:
         if "-" not in file.etag:
