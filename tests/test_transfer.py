@@ -27,8 +27,8 @@ from tokenmill.downloads import bring as download
 from tokenmill.options import StoreOptions
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
-from tokenmill.stores import FolderStore, checked_path, open_store
-from tokenmill.transfer import Selection, Tag, shard_range
+from tokenmill.stores import FolderStore, StoredFile, checked_path, open_store
+from tokenmill.transfer import Moved, Selection, Tag, shard_range
 from tokenmill.uploads import part_nbytes
 from tokenmill.uploads import send as upload
 
@@ -495,6 +495,27 @@ def test_straight_to_the_bucket(server: str, tmp_path: Path, keep: bool) -> None
     assert {**bucket(server, prefix), "manifest.json": ""} == {**there, "manifest.json": ""}
     download(store(server, prefix), tmp_path / "back")
     assert cli("verify", tmp_path / "back", "--deep", 9).returncode == 0
+
+
+def test_a_shard_that_vanishes_behind_the_run_keeps_the_manifest_back(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", [text(i, 5 + i % 60) for i in range(200)])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
+    target = {"store": StoreOptions(server), "upload_to": "s3://bucket/vanished", "keep_local": False}
+    real = uploads.Sender.send
+
+    def send(self: uploads.Sender, wanted: dict[str, StoredFile]) -> list[Moved]:
+        s3_client(server).delete_object(Bucket="bucket", Key="vanished/train_000001.npy")
+        return real(self, wanted)
+
+    monkeypatch.setattr(uploads.Sender, "send", send)
+    with pytest.raises(errors.StorageError, match=r"vanished/train_000001\.npy: expected .* found no such object"):
+        pretokenize(recipe, tmp_path / "out", **target)
+    assert "manifest.json" not in bucket(server, "vanished")
+    monkeypatch.setattr(uploads.Sender, "send", real)
+    assert pretokenize(recipe, tmp_path / "out", **target).remade == ["train_000001.npy"]
+    assert "manifest.json" in bucket(server, "vanished")
 
 
 def test_straight_to_the_bucket_survives_kills(server: str, tmp_path: Path) -> None:

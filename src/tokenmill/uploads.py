@@ -165,7 +165,7 @@ class Sender:
                     self.stop()
                     files.shutdown(cancel_futures=True)
                     raise
-            self._look([file.path for file in moved])
+            self._look([file.path for file in moved] + [name for name in known if name in self._there])
             moved += [self.send_file(wanted[name], None) for name in RECORDS if name in wanted]
             self._look([file.path for file in moved])
         except BaseException:
