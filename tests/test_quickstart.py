@@ -51,12 +51,12 @@ def run(env: dict[str, str], *arguments: object, script: str | None = None) -> s
 
 def both_options(env: dict[str, str], s3: str, folder: Path, sizes: list[object], seq_len: int) -> Path:
     """From scratch with the original's command line; to a bucket; from there, and joined again."""
-    root, other = folder / "data", folder / "downloaded"
+    root, other, place = folder / "data", folder / "downloaded", f"s3://bucket/{folder.name}"
     run(env, "--output_dir", root, "--num_proc", -1, *sizes, script="01_pretokenize_data.py")
-    run(env, "upload", root, "s3://bucket/quick", "--endpoint-url", s3)
+    run(env, "upload", root, place, "--endpoint-url", s3)
     last = run(env, "--data_root", root, "--seq_len", seq_len, script="02_consolidate_shards.py")
     assert last.stdout.splitlines()[-1] == "✅ Preprocessing complete!"
-    run(env, "download", "s3://bucket/quick", other, "--endpoint-url", s3)
+    run(env, "download", place, other, "--endpoint-url", s3)
     last = run(env, "--data_root", other, "--seq_len", seq_len, script="02_consolidate_shards.py")
     assert last.stdout.splitlines()[-1] == "✅ Preprocessing complete!"
     for name in ("tokens.bin", "sample_ids.bin"):
