@@ -236,7 +236,7 @@ class _Download:
         if is_new:
             storage.write_whole(path, data)
         self._journal.note(file)
-        return Moved(file.path, file.nbytes, not is_new, len(data) if is_new else 0, "etag")
+        return Moved(file.path, file.nbytes, not is_new, len(data) if is_new else 0, self._proof(file))
 
     def _check_disk(self, todo: list[StoredFile]) -> None:
         needed = sum(max(0, file.nbytes - self._begun_nbytes(file)) for file in todo)
