@@ -189,10 +189,15 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
 
-@contextlib.contextmanager
-def serving(site: Site) -> Iterator[str]:
+def serving(site: Site) -> contextlib.AbstractContextManager[str]:
     """The site's base URL; closed at the end."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": site}))
+    return listening(type("SiteHandler", (Handler,), {"site": site}))
+
+
+@contextlib.contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The base URL of a server of such requests; closed at the end."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

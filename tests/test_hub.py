@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from conftest import command
+from servers import listening
 from test_pipeline import every_digest
 from tokenmill import manifest
 from tokenmill.demo import TOKENIZER
@@ -56,19 +56,14 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment that sends the client library to the server."""
     Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    yield keep | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hub-cache"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(Hub) as url:
+        yield keep | {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path / "hub-cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
 
 def pretokenize(root: Path, corpus: Path, tokenizer: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

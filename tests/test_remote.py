@@ -8,10 +8,9 @@ import os
 import random
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ import pytest
 import tenacity
 
 from conftest import command, text
-from servers import AWS, Site, moto, s3_client, serving
+from servers import AWS, Site, listening, moto, s3_client, serving
 from test_formats import jsonl
 from test_pipeline import every_digest
 from tokenmill import errors, http, retry, s3
@@ -475,13 +474,8 @@ class Odd(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def odd() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(Odd) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

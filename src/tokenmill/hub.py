@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tokenmill.errors import SourceError, TokenizerError
-from tokenmill.retry import Retrier, TransientError
+from tokenmill.retry import Retrier, TransientError, is_transient
 
 T = TypeVar("T")
-
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class Fetched(NamedTuple):
@@ -141,7 +139,7 @@ def _asked(name: str, retrier: Retrier, question: Callable[[], T]) -> T:
             status = getattr(response, "status_code", None)
             # What never got an answer is raised by the transport, whichever version of it there is.
             unanswered = status is None and type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore2")
-            if unanswered or status in _TRANSIENT_STATUS:
+            if unanswered or (status is not None and is_transient(status)):
                 after = response.headers.get("Retry-After", "") if response is not None else ""
                 reason = f"the hub: {f'HTTP {status}' if status else type(error).__name__}"
                 raise TransientError(reason, float(after) if after.isdecimal() else 0.0) from None
