@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import tenacity
 
 from conftest import command, text, write_parquet
-from servers import AWS, Proxy, moto, s3_client, s3rver
+from servers import AWS, Proxy, listening, moto, s3_client, s3rver
 from tokenmill import downloads, errors, http, retry, s3, storage, uploads
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
@@ -407,6 +408,25 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 RATES = (0.005, 0.02, 0.05, 0.15)
+class LengthlessHandler(BaseHTTPRequestHandler):
+    """Answers as a store does through a wire that bends a header's name."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Bontent-Length", "5")
+        self.send_header("ETag", '"e"')
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_an_answer_without_its_headers_is_tried_again() -> None:
+    with listening(LengthlessHandler) as endpoint:
+        with pytest.raises(retry.TransientError):
+            s3.Bucket("bucket", http.HttpClient(), endpoint_url=endpoint).head("key")
+
+
 SCHEDULES = 100
 
 

@@ -74,21 +74,29 @@ class Bucket:
 
     def head(self, key: str) -> S3Object | None:
         """An object; None if there is none of that key."""
+
+        def found() -> S3Object:
+            answer = self._client.head_object(Bucket=self.name, Key=key)
+            return S3Object(key, answer["ContentLength"], answer["ETag"])
+
         try:
-            found = self._tried(lambda: self._client.head_object(Bucket=self.name, Key=key))
+            return self._tried(found)
         except AnswerError as error:
             if error.status == 404:
                 return None
             raise
-        return S3Object(key, found["ContentLength"], found["ETag"])
 
     def first_part_nbytes(self, key: str) -> int | None:
         """Size of the parts an object was uploaded in; None where the store does not say."""
+
+        def found() -> int | None:
+            answer = self._client.head_object(Bucket=self.name, Key=key, PartNumber=1)
+            return int(answer["ContentLength"]) if answer.get("PartsCount", 0) > 1 else None
+
         try:
-            found = self._tried(lambda: self._client.head_object(Bucket=self.name, Key=key, PartNumber=1))
+            return self._tried(found)
         except AnswerError:
             return None
-        return int(found["ContentLength"]) if found.get("PartsCount", 0) > 1 else None
 
     def read(self, found: S3Object, offset: int, nbytes: int, into: bytearray | None = None) -> bytearray:
         """Bytes of an object (see `HttpClient.read`) that is still the one found; raises ChangedError if not."""
