@@ -36,7 +36,7 @@ def test_modules_import_only_from_earlier_ones() -> None:
             assert order.index(f"{module}.py") < order.index(name), f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("module", ["tokenmill", "tokenmill.cli"])
+@pytest.mark.parametrize("module", ["tokenmill", "tokenmill.cli", "tokenmill.dataset", "tokenmill.samplers"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
     heavy = "pyarrow awkward gigatoken tokenizers huggingface_hub requests botocore rich torch ray pandas"
     program = f"import sys, {module}; print(*[m for m in '{heavy}'.split() if m in sys.modules])"
@@ -57,6 +57,7 @@ def test_each_special_dependency_has_one_home() -> None:
         "rich": "progress.py",
         "psutil": "progress.py",
         "click": "cli.py",
+        "torch": "torch.py",
     }
     for dependency, home in homes.items():
         pattern = re.compile(rf"^\s*(import|from) {dependency}\b", re.MULTILINE)

@@ -408,6 +408,8 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 RATES = (0.005, 0.02, 0.05, 0.15)
+
+
 class LengthlessHandler(BaseHTTPRequestHandler):
     """Answers as a store does through a wire that bends a header's name."""
 
@@ -422,9 +424,8 @@ class LengthlessHandler(BaseHTTPRequestHandler):
 
 
 def test_an_answer_without_its_headers_is_tried_again() -> None:
-    with listening(LengthlessHandler) as endpoint:
-        with pytest.raises(retry.TransientError):
-            s3.Bucket("bucket", http.HttpClient(), endpoint_url=endpoint).head("key")
+    with listening(LengthlessHandler) as endpoint, pytest.raises(retry.TransientError):
+        s3.Bucket("bucket", http.HttpClient(), endpoint_url=endpoint).head("key")
 
 
 SCHEDULES = 100

@@ -560,6 +560,29 @@ def where(
     _show(places, [line for place in places for line in report.place_lines(place)], as_json)
 
 
+@cli.command(short_help="Check what ranks say they trained on.")
+@_data_root
+@click.argument("receipt", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
+@_json
+def receipts(data_root: Path, receipt: tuple[Path, ...], *, as_json: bool) -> None:
+    """Check each RECEIPT, which a trainer saved, against the data set in DATA_ROOT; exit code 1 if one is wrong.
+
+    A receipt says which sampler a rank followed, and the SHA-256 of the ids it consumed, in order. Both
+    are made again from the data set; no trainer and no model are needed.
+
+    \b
+    Example:
+      tokenmill receipts data/ checkpoints/receipt-rank*.json
+    """
+    from tokenmill import report
+    from tokenmill.receipts import check_receipt, load_receipt
+
+    checks = {str(path): check_receipt(data_root, load_receipt(path)) for path in receipt}
+    _show(checks, report.receipt_lines(checks), as_json)
+    if not all(check.passed for each in checks.values() for check in each):
+        raise click.exceptions.Exit(1)
+
+
 @cli.command(short_help="Lengths, frequencies, duplicate samples.")
 @_data_root
 @_json

@@ -46,6 +46,12 @@ class QueryError(TokenmillError):
     exit_code = 2
 
 
+class ReceiptError(TokenmillError):
+    """Not a receipt: give another file."""
+
+    exit_code = 2
+
+
 class SourceError(TokenmillError):
     """The corpus cannot be read as it is: mend or exclude the file named."""
 

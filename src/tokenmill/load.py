@@ -1,14 +1,16 @@
-"""Load, stage 8: a data root's tokens and the documents they belong to, memory-mapped. Reads only."""
+"""Load, stage 8: a data root's tokens and sample ids, memory-mapped. Reads only.
+
+Importing this loads no Arrow: a trainer that asks for no documents does without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokenmill import layout, storage
@@ -16,60 +18,61 @@ from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, QueryError
 from tokenmill.manifest import Consolidated, Manifest
 
+if TYPE_CHECKING:
+    from tokenmill.documents import DocumentIndex
+
 _VERIFY = "run tokenmill verify on the data root"
-_DOCUMENTS_SCHEMA = pa.schema(
-    [
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-    ]
-)
+_RESIDENT_NBYTES = 2 << 30
+"""Of mapped files in the process at most; then it lets go of them (they stay in the system's cache)."""
+_FAULT_NBYTES = 1 << 16
+"""What Linux maps around a page that is touched, if it is cached."""
+
+
+class Piece(NamedTuple):
+    """A file, or the part of it behind a header, that holds tokens."""
+
+    path: Path
+    tokens: int
+    offset: int = 0
+    """Bytes before the first token."""
 
 
 class TokenStream:
-    """The token stream of a data root, from `tokens.bin` or from its shards, whichever is there.
+    """The token stream of a data root, from `tokens.bin` or from its shards. Threads and forks may share one.
 
     Args:
-        root: the data root.
-        manifest: its manifest, if it has one.
-        record: of its consolidation, if it has one.
+        pieces: the files, in order.
+        dtype: of a stored token, little-endian.
 
     Raises:
-        DataRootError: neither is there, or a file is not as long as it must be.
+        DataRootError: a file is missing, or not as long as it must be.
     """
 
-    def __init__(self, root: Path, manifest: Manifest | None, record: Consolidated | None) -> None:
-        self._arrays: list[NDArray[Any]] = []
-        if record is not None and record.complete:
-            self.tokens, self.dtype = record.tokens, np.dtype(record.dtype).newbyteorder("<")
-            self.paths = [root / layout.TOKENS]
-            self._arrays = [_map(self.paths[0], self.dtype, record.tokens, 0)]
-        elif manifest is not None and manifest.complete:
-            self.tokens, self.dtype = manifest.tokens, np.dtype(manifest.stored_dtype).newbyteorder("<")
-            self.paths = [root / layout.shard_name(shard.index) for shard in manifest.shards]
-            for path, shard in zip(self.paths, manifest.shards, strict=True):
-                self._arrays.append(_map(path, self.dtype, shard.tokens, layout.NPY_HEADER_NBYTES))
-        else:
-            raise DataRootError(
-                f"{root}: expected a finished data set, found neither a complete {layout.MANIFEST} nor "
-                f"a complete {layout.CONSOLIDATED}",
-                next_step="run tokenmill pretokenize (or consolidate, for downloaded shards) to its end",
-            )
-        self._starts = np.cumsum([0, *map(len, self._arrays)])
+    def __init__(self, pieces: Sequence[Piece], dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._files = [MappedArray(piece, dtype) for piece in pieces]
+        self._starts = np.cumsum([0, *(piece.tokens for piece in pieces)])
+        self.tokens = int(self._starts[-1])
+        self._resident_nbytes = 0
+
+    @property
+    def whole(self) -> NDArray[Any] | None:
+        """All tokens as one mapped array, shape `(tokens,)`; None if several files hold them."""
+        return self._files[0].array if len(self._files) == 1 else None
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
-        """Tokens `begin` to `end` of the stream, shape `(end - begin,)`; a view if one file has them."""
+        """Tokens `begin` to `end` of the stream, shape `(end - begin,)`; a read-only view if one file has them."""
         if not 0 <= begin <= end <= self.tokens:
             raise QueryError(
                 f"tokens {begin} to {end}: the data set has {self.tokens}",
                 next_step=f"ask for tokens from 0 to {self.tokens - 1}",
             )
+        self.note_read((end - begin) * self.dtype.itemsize)
         first = int(np.searchsorted(self._starts, begin, side="right")) - 1
         pieces = []
         while begin < end:
             offset = begin - int(self._starts[first])
-            pieces.append(self._arrays[first][offset : offset + end - begin])
+            pieces.append(self._files[first].array[offset : offset + end - begin])
             begin += len(pieces[-1])
             first += 1
         if len(pieces) == 1:
@@ -78,87 +81,46 @@ class TokenStream:
 
     def chunks(self, tokens: int) -> Iterator[NDArray[Any]]:
         """All tokens, at most so many at once."""
-        for array in self._arrays:
-            for at in range(0, len(array), tokens):
-                yield array[at : at + tokens]
+        for file in self._files:
+            for at in range(0, len(file.array), tokens):
+                chunk = file.array[at : at + tokens]
+                self.note_read(chunk.nbytes)
+                yield chunk
+
+    def note_read(self, nbytes: int, places: int = 1) -> None:
+        """Say that bytes are about to be read in so many places, so that resident memory stays bounded on any walk."""
+        self._resident_nbytes += nbytes + places * _FAULT_NBYTES
+        if self._resident_nbytes > _RESIDENT_NBYTES < self.tokens * self.dtype.itemsize:
+            self._resident_nbytes = 0
+            for file in self._files:
+                file.release()
 
 
-def _map(path: Path, dtype: np.dtype[Any], tokens: int, offset: int) -> NDArray[Any]:
-    expected = offset + tokens * dtype.itemsize
-    if not path.exists():
-        raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
-    with storage.readable(path):
-        found = path.stat().st_size
-        if found != expected:
-            raise DataRootError(f"{path}: expected {expected} bytes, found {found}", next_step=_VERIFY)
-        return np.memmap(path, dtype, "r", offset, (tokens,)) if tokens else np.empty(0, dtype)
+class MappedArray:
+    """A stretch of a file as a read-only array.
 
+    Raises:
+        DataRootError: the file is missing, or not as long as it must be.
+    """
 
-class Document(NamedTuple):
-    """A document of the stream."""
-
-    start: int
-    """Its first token, counted in the whole stream."""
-    tokens: int
-    source: str
-    row: int
-
-
-class DocumentIndex:
-    """Finds documents by the tokens they hold, from the sidecars; one sidecar is in memory at a time."""
-
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        if not manifest.shards:
-            raise DataRootError(f"{root}: {layout.MANIFEST} lists no shards", next_step=_VERIFY)
-        self._root = root
-        self._shards = manifest.shards
-        self._shard_size = manifest.recipe.shard_size
-        self._read: tuple[int, pa.Table] | None = None
-
-    def between(self, begin: int, end: int) -> list[Document]:
-        """The documents that hold tokens `begin` to `end`, in order."""
-        found: list[Document] = []
-        shard = min(begin // self._shard_size, len(self._shards) - 1)
-        # The document that holds the first token may have begun shards ago.
-        while shard > 0 and not self._starts_by(shard, begin):
-            shard -= 1
-        while shard < len(self._shards) and shard * self._shard_size < end:
-            table = self.sidecar(shard)
-            starts = table["start"].to_numpy()
-            ends = starts + table["tokens"].to_numpy()
-            inside = np.flatnonzero((starts < end) & (ends > begin))
-            if len(inside):
-                found += [Document(**row) for row in table.slice(int(inside[0]), len(inside)).to_pylist()]
-            shard += 1
-        return found
-
-    def _starts_by(self, shard: int, token: int) -> bool:
-        starts = self.sidecar(shard)["start"]
-        return len(starts) > 0 and starts[0].as_py() <= token
-
-    def of_row(self, source: str, row: int) -> Document | None:
-        """The document that a source row became; None if it became none."""
-        for shard in range(len(self._shards)):
-            table = self._table(shard, filters=[("source", "=", source), ("row", "=", row)])
-            if len(table):
-                return Document(**table.to_pylist()[0])
-        return None
-
-    def sidecar(self, shard: int) -> pa.Table:
-        """The documents that start in a shard: `start`, `tokens`, `source`, `row`."""
-        if self._read is None or self._read[0] != shard:
-            self._read = shard, self._table(shard)
-        return self._read[1]
-
-    def _table(self, shard: int, **filters: Any) -> pa.Table:
-        path = self._root / layout.documents_name(shard)
-        if not path.is_file():
+    def __init__(self, piece: Piece, dtype: np.dtype[Any]) -> None:
+        path, tokens, offset = piece
+        expected = offset + tokens * dtype.itemsize
+        if not path.exists():
             raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
-        try:
-            return pq.read_table(path, **filters).cast(_DOCUMENTS_SCHEMA).unify_dictionaries()
-        except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
-            what = str(error).splitlines()[0]
-            raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None
+        self._mapping: mmap.mmap | None = None
+        with storage.readable(path), path.open("rb") as file:
+            found = path.stat().st_size
+            if found != expected:
+                raise DataRootError(f"{path}: expected {expected} bytes, found {found}", next_step=_VERIFY)
+            if tokens:  # an empty file cannot be mapped
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.array: NDArray[Any] = np.frombuffer(self._mapping or b"", dtype, tokens, offset if tokens else 0)
+
+    def release(self) -> None:
+        """Let go of the pages this process has mapped; they are mapped again as they are read."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class DataRoot(NamedTuple):
@@ -177,8 +139,25 @@ class DataRoot(NamedTuple):
         return self.manifest.recipe.seq_len
 
     def tokens(self) -> TokenStream:
-        """Its tokens."""
-        return TokenStream(self.root, self.manifest, self.record)
+        """Its tokens, from `tokens.bin` or from its shards, whichever is there.
+
+        Raises:
+            DataRootError: neither is, or a file is not as long as it must be.
+        """
+        if self.record is not None and self.record.complete:
+            pieces = [Piece(self.root / layout.TOKENS, self.record.tokens)]
+            return TokenStream(pieces, np.dtype(self.record.dtype).newbyteorder("<"))
+        if self.manifest is not None and self.manifest.complete:
+            pieces = [
+                Piece(self.root / layout.shard_name(shard.index), shard.tokens, layout.NPY_HEADER_NBYTES)
+                for shard in self.manifest.shards
+            ]
+            return TokenStream(pieces, np.dtype(self.manifest.stored_dtype).newbyteorder("<"))
+        raise DataRootError(
+            f"{self.root}: expected a finished data set, found neither a complete {layout.MANIFEST} nor "
+            f"a complete {layout.CONSOLIDATED}",
+            next_step="run tokenmill pretokenize (or consolidate, for downloaded shards) to its end",
+        )
 
     def documents(self) -> DocumentIndex:
         """Its documents.
@@ -186,6 +165,8 @@ class DataRoot(NamedTuple):
         Raises:
             DataRootError: it has no manifest, so where tokens come from is not known.
         """
+        from tokenmill.documents import DocumentIndex
+
         if self.manifest is None:
             raise DataRootError(
                 f"{self.root}: where its tokens come from is not known: expected {layout.MANIFEST}, found none",
@@ -200,11 +181,25 @@ class DataRoot(NamedTuple):
             DataRootError: the data root is not consolidated.
         """
         if self.record is None or not self.record.complete:
-            raise DataRootError(
-                f"{self.root}: it has no sample ids: expected a complete {layout.CONSOLIDATED}, found none",
-                next_step=f"run: tokenmill consolidate {self.root}",
-            )
-        return _map(self.root / layout.SAMPLE_IDS, np.dtype("<u8"), self.record.samples, 0)
+            raise not_consolidated(self.root)
+        return map_sample_ids(self.root, self.record.samples)
+
+
+def map_sample_ids(root: Path, samples: int) -> NDArray[np.uint64]:
+    """`sample_ids.bin` of a data root, shape `(samples,)`.
+
+    Raises:
+        DataRootError: it is missing, or not as long as it must be.
+    """
+    return MappedArray(Piece(root / layout.SAMPLE_IDS, samples), np.dtype("<u8")).array
+
+
+def not_consolidated(root: Path) -> DataRootError:
+    """The error for ids that are not stored."""
+    return DataRootError(
+        f"{root}: it has no sample ids: expected a complete {layout.CONSOLIDATED}, found none",
+        next_step=f"run: tokenmill consolidate {root}",
+    )
 
 
 def open_root(root: Path) -> DataRoot:

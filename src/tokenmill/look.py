@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill import layout
+from tokenmill.documents import Document
 from tokenmill.encode_hf import HFEngine
 from tokenmill.errors import DataRootError, QueryError, TokenizerError
-from tokenmill.load import DataRoot, Document, open_root
+from tokenmill.load import DataRoot, open_root
 from tokenmill.manifest import Consolidated, FileLedger, TokenizerRecord
 from tokenmill.recipe import Recipe
 from tokenmill.tokenizer import load_tokenizer

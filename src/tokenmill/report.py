@@ -8,6 +8,7 @@ from tokenmill.layout import SAMPLE_IDS, SKIPPED, TOKENS
 from tokenmill.progress import count, duration
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tokenmill.consolidation import Report
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.manifest import Consolidated
     from tokenmill.pipeline import Prepared, Summary
     from tokenmill.preflight import Preflight
-    from tokenmill.proof import Proof
+    from tokenmill.proof import Check, Proof
     from tokenmill.single_shard import ShardStatistics
     from tokenmill.transfer import Report as Transfer
     from tokenmill.verification import Verification
@@ -133,10 +134,8 @@ def proof_lines(proof: Proof) -> list[str]:
     if good := sum(check.passed for check in shards):
         lines.append(f"{'shards sha256':<24} PASS  {good:,} of {len(shards):,}")
     for check in proof.checks:
-        if not check.passed:
-            lines += [f"{check.name:<24} FAIL", f"  expected  {check.expected}", f"  actual    {check.found}"]
-        elif check not in shards:
-            lines.append(f"{check.name:<24} PASS  {check.found}")
+        if not (check.passed and check in shards):
+            lines += _check_lines(check)
     if not proof.passed:
         return [*lines, "\u274c Preprocessing failed validation!"]
     if not proof.against:
@@ -146,6 +145,21 @@ def proof_lines(proof: Proof) -> list[str]:
             "The digests above are recorded, not proven.",
         ]
     return [*lines, f"compared with {proof.against}", "\u2705 Preprocessing complete!"]
+
+
+def _check_lines(check: Check) -> list[str]:
+    if check.passed:
+        return [f"{check.name:<24} PASS  {check.found}"]
+    return [f"{check.name:<24} FAIL", f"  expected  {check.expected}", f"  actual    {check.found}"]
+
+
+def receipt_lines(receipts: Mapping[str, Sequence[Check]]) -> list[str]:
+    """PASS or FAIL of every check of every receipt, the verdict on each last."""
+    lines: list[str] = []
+    for name, checks in receipts.items():
+        lines += [line for check in checks for line in _check_lines(check)]
+        lines.append(f"{name}: {'true' if all(check.passed for check in checks) else 'NOT TRUE'}")
+    return lines
 
 
 def statistics_lines(figures: ShardStatistics) -> list[str]:

@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokenmill import layout
+from tokenmill.documents import Document
 from tokenmill.encode_hf import HFEngine
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.findings import Inquiry, shard_header
-from tokenmill.load import DataRoot, Document
+from tokenmill.load import DataRoot
 from tokenmill.locations import format_of
 from tokenmill.options import StoreOptions
 from tokenmill.order import file_order, row_order

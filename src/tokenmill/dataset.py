@@ -1,0 +1,303 @@
+"""Dataset: a data root as samples, their ids, and the documents in them; what a trainer opens.
+
+Nothing is read or computed at opening but sizes and records. Memory is mapped, read-only, and shared by
+all processes that open the same files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill import ids, layout
+from tokenmill import manifest as manifests
+from tokenmill.errors import DataRootError
+from tokenmill.inventory import find_shards_of
+from tokenmill.load import DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
+from tokenmill.manifest import Consolidated
+from tokenmill.proof import choose_scheme
+
+ROOT_VARIABLE = "DATASET_BINS_PATH"
+"""Environment variable that names the data root where no argument does, as Templar's trainer has it."""
+
+
+class TokenDataset:
+    """The samples of a data root; sample `i` is tokens `[i * seq_len, (i + 1) * seq_len)` of its stream.
+
+    `ds[i]` and `ds[a:b]` are views of the mapped files where they can be, of shapes `(seq_len,)` and
+    `(samples, seq_len)`; `ds[[3, 1, 2]]` gathers a batch. All are read-only, of the stored dtype. Opens
+    `tokens.bin` and `sample_ids.bin`, or the shards where there are only those, with the same indices.
+    May be pickled (it is opened again), forked, and used by several threads.
+
+    Args:
+        root: the data root; None takes `$DATASET_BINS_PATH`.
+        seq_len: tokens per sample. Must be what the data root was made with; must be given where nothing
+            is recorded, as in data of the original Templar scripts.
+        dtype: `uint8`, `uint16` or `uint32`; likewise, for a `tokens.bin` of which nothing is recorded.
+        tokenizer_sha256: what the SHA-256 of the `tokenizer.json` that made the tokens must be.
+
+    Raises:
+        DataRootError: not a finished data set, a file of another size than recorded, or another `seq_len`,
+            `dtype` or tokenizer than asked for.
+    """
+
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        *,
+        seq_len: int | None = None,
+        dtype: str | None = None,
+        tokenizer_sha256: str | None = None,
+    ) -> None:
+        self.root = _located(root)
+        asked = _Asked(seq_len, dtype, tokenizer_sha256)
+        self._arguments = {"root": self.root, **asked._asdict()}
+        found = DataRoot(self.root, manifests.load(self.root), manifests.load_consolidated(self.root))
+        if found.manifest is None and found.record is None:
+            opened = _open_unrecorded(self.root, asked)
+        else:
+            opened = _open_recorded(found, asked)
+        self.seq_len, self._stream, self._ids, self._scheme = opened
+        self._recorded = found
+        self._samples = self._stream.tokens // self.seq_len
+        whole = self._stream.whole
+        self._rows = None if whole is None else whole[: self._samples * self.seq_len].reshape(-1, self.seq_len)
+        self._documents: Any = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of a stored token."""
+        return self._stream.dtype
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this; None where there is no manifest to say so."""
+        manifest = self._recorded.manifest
+        return None if manifest is None else manifest.tokenizer.vocab_size
+
+    @property
+    def record(self) -> Consolidated | None:
+        """What `consolidated.json` says; None if there is none."""
+        return self._recorded.record
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream, those behind the last whole sample included."""
+        return self._stream.tokens
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> NDArray[Any]: ...
+    @overload
+    def __getitem__(self, index: slice | list[int] | NDArray[np.integer[Any]]) -> NDArray[Any]: ...
+    def __getitem__(self, index: int | np.integer[Any] | slice | list[int] | NDArray[np.integer[Any]]) -> NDArray[Any]:
+        """A sample, shape `(seq_len,)`, or several, shape `(samples, seq_len)`.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if isinstance(index, int | np.integer):
+            begin = self._index(int(index)) * self.seq_len
+            return self._stream.read(begin, begin + self.seq_len)
+        if isinstance(index, slice):
+            begin, end, step = index.indices(self._samples)
+            if step == 1 and self._rows is not None:
+                self._stream.note_read(max(0, end - begin) * self.seq_len * self.dtype.itemsize)
+                return self._rows[begin:end]
+            index = np.arange(begin, end, step)
+        batch = self.gather(index)
+        batch.flags.writeable = False
+        return batch
+
+    def gather(self, indices: list[int] | NDArray[np.integer[Any]], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Samples at `indices`, shape `(len(indices), seq_len)`.
+
+        Args:
+            indices: any samples in any order, shape `(n,)`.
+            out: takes them, cast to its dtype; None makes an array of the stored dtype.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        wanted = self._indices(indices)
+        if out is None:
+            out = np.empty((len(wanted), self.seq_len), self.dtype)
+        if self._rows is None:
+            for row, begin in zip(out, (wanted * self.seq_len).tolist(), strict=True):
+                row[...] = self._stream.read(begin, begin + self.seq_len)
+            return out
+        self._stream.note_read(len(wanted) * self.seq_len * self.dtype.itemsize, len(wanted))
+        if out.dtype == self.dtype:
+            self._rows.take(wanted, axis=0, out=out, mode="clip")  # the other modes gather twice
+        else:
+            out[...] = self._rows.take(wanted, axis=0, mode="clip")
+        return out
+
+    @property
+    def sample_ids(self) -> NDArray[np.uint64]:
+        """The ids of all samples, mapped, shape `(len(self),)`.
+
+        Raises:
+            DataRootError: none are stored; `sample_id` makes single ones.
+        """
+        if self._ids is None:
+            raise not_consolidated(self.root)
+        return self._ids
+
+    def sample_id(self, index: int) -> int:
+        """The id of a sample; made from its tokens where the data root is not consolidated."""
+        sample = self._index(index)
+        if self._ids is not None:
+            return int(self._ids[sample])
+        window = layout.id_window_nbytes(self._scheme, seq_len=self.seq_len, itemsize=self.dtype.itemsize)
+        tokens = window // self.dtype.itemsize
+        data = self._stream.read(*(min(at * tokens, self.tokens) for at in (sample, sample + 1))).tobytes()
+        return int.from_bytes(ids.sample_ids(data, window) or ids.EMPTY_ID, "little")
+
+    def document_bounds(self, index: int) -> NDArray[np.int32]:
+        """Where the documents in a sample begin and end: 0, the token at which each further one starts, `seq_len`.
+
+        Shape `(documents + 1,)`: the cumulative sequence lengths that attention kernels for packed samples
+        take. From the documents sidecars; the first call for a shard reads the starts of its documents.
+
+        Raises:
+            DataRootError: the data root has no manifest, or a sidecar is missing.
+        """
+        sample = self._index(index)
+        if self._documents is None:
+            self._documents = self._recorded.documents()
+        begin = sample * self.seq_len
+        starts = self._documents.starts_between(begin + 1, begin + self.seq_len)
+        return np.concatenate([[0], starts - begin, [self.seq_len]]).astype(np.int32)
+
+    def _index(self, index: int) -> int:
+        if not -self._samples <= index < self._samples:
+            raise self._no_sample(index)
+        return index + self._samples if index < 0 else index
+
+    def _indices(self, indices: list[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        found = np.asarray(indices)
+        if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
+            raise TypeError(f"expected sample indices as integers, shape (n,), found {found.dtype} {found.shape}")
+        wanted = found.astype(np.int64, copy=False)
+        if len(wanted) == 0:
+            return wanted
+        lowest, highest = int(wanted.min()), int(wanted.max())
+        if lowest < -self._samples or highest >= self._samples:
+            raise self._no_sample(highest if highest >= self._samples else lowest)
+        return wanted if lowest >= 0 else np.where(wanted < 0, wanted + self._samples, wanted)
+
+    def _no_sample(self, index: int) -> IndexError:
+        return IndexError(f"{self.root}: sample {index}: there are {self._samples}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._arguments
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TokenDataset.__init__(self, **state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.root)!r}: {self._samples} samples of {self.seq_len} {self.dtype.name})"
+
+
+class _Asked(NamedTuple):
+    seq_len: int | None
+    dtype: str | None
+    tokenizer_sha256: str | None
+
+
+class _Opened(NamedTuple):
+    seq_len: int
+    stream: TokenStream
+    ids: NDArray[np.uint64] | None
+    scheme: layout.IdScheme
+
+
+def _located(root: Path | str | None) -> Path:
+    named = root if root is not None else os.environ.get(ROOT_VARIABLE)
+    if not named:
+        raise DataRootError(
+            f"no data root: expected an argument or ${ROOT_VARIABLE}, found neither",
+            next_step=f"set {ROOT_VARIABLE} to the directory that holds {layout.TOKENS} or shards",
+        )
+    found = Path(named).absolute()
+    if not found.is_dir():
+        raise DataRootError(f"{found}: no such directory", next_step="give the directory that holds the data set")
+    return found
+
+
+def _open_recorded(found: DataRoot, asked: _Asked) -> _Opened:
+    root, manifest, record = found
+    if record is not None and not record.complete:
+        raise DataRootError(
+            f"{root}: {layout.TOKENS} is in the making: {layout.CONSOLIDATED} is not complete",
+            next_step=f"let the command that makes it end, or run it again: tokenmill consolidate {root}",
+        )
+    stream = found.tokens()
+    _expect(root, "samples of", asked.seq_len, found.seq_len, "consolidate the shards with that --seq-len")
+    _expect(root, "tokens of", asked.dtype, stream.dtype.name, "leave dtype out: it is recorded")
+    if asked.tokenizer_sha256 is not None:
+        sha256 = manifest.tokenizer.sha256 if manifest else f"no {layout.MANIFEST} to tell"
+        step = "train with the tokenizer that made the data, or give the data root that was made with this one"
+        _expect(root, "a tokenizer.json of SHA-256", asked.tokenizer_sha256, sha256, step)
+    if record is None:
+        recipe = manifest.recipe if manifest else None
+        scheme = choose_scheme(recipe, tokens=stream.tokens, seq_len=found.seq_len)
+        return _Opened(found.seq_len, stream, None, scheme)
+    return _Opened(found.seq_len, stream, found.sample_ids(), record.id_scheme)
+
+
+def _open_unrecorded(root: Path, asked: _Asked) -> _Opened:
+    """Files of the original scripts, or downloaded without their records."""
+    if asked.tokenizer_sha256 is not None:
+        raise DataRootError(
+            f"{root}: which tokenizer made it is not known: expected {layout.MANIFEST}, found none",
+            next_step="leave tokenizer_sha256 out, or fetch the manifest too",
+        )
+    if asked.seq_len is None:
+        raise _not_told(root, "seq_len", "seq_len=2048, if that is what its sample ids were made with")
+    path = root / layout.TOKENS
+    if not path.exists():
+        partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+        if partial.exists():
+            raise DataRootError(f"{partial}: is in the making", next_step="let the command that makes it end")
+        shards = find_shards_of(root, None, None, asked.dtype)
+        pieces = [Piece(shard.path, shard.tokens, len(shard.header)) for shard in shards]
+        stream = TokenStream(pieces, np.dtype(shards[0].dtype).newbyteorder("<"))
+        return _Opened(asked.seq_len, stream, None, choose_scheme(None, tokens=stream.tokens, seq_len=asked.seq_len))
+    if asked.dtype is None:
+        raise _not_told(root, "dtype", "dtype='uint16', if that is what its tokens are")
+    dtype = np.dtype(asked.dtype).newbyteorder("<")
+    nbytes = path.stat().st_size
+    if nbytes % dtype.itemsize:
+        raise DataRootError(
+            f"{path}: expected tokens of {dtype.name}, found {nbytes} bytes, which are no multiple of {dtype.itemsize}",
+            next_step="give the dtype it was written with",
+        )
+    stream = TokenStream([Piece(path, nbytes // dtype.itemsize)], dtype)
+    try:
+        sample_ids = map_sample_ids(root, stream.tokens // asked.seq_len)
+    except DataRootError as error:
+        raise DataRootError(
+            f"{error.message} (for {stream.tokens} tokens of {dtype.name} in samples of {asked.seq_len})",
+            next_step="give the dtype and seq_len it was made with, or fetch both files again",
+        ) from None
+    return _Opened(asked.seq_len, stream, sample_ids, choose_scheme(None, tokens=stream.tokens, seq_len=asked.seq_len))
+
+
+def _expect(root: Path, what: str, asked: object, found: object, step: str) -> None:
+    if asked is not None and asked != found:
+        raise DataRootError(f"{root}: expected {what} {asked}, found {found}", next_step=step)
+
+
+def _not_told(root: Path, name: str, example: str) -> DataRootError:
+    return DataRootError(
+        f"{root}: its {name} is not known: neither {layout.MANIFEST} nor {layout.CONSOLIDATED} is there",
+        next_step=f"give it: {example}",
+    )

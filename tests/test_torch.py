@@ -1,0 +1,154 @@
+"""PyTorch: batches from a DataLoader, in this process and in workers, and Templar's own class."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY, run_cli
+from test_dataset import SEQ_LEN, consolidated, shards, without_records  # noqa: F401  # fixtures
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tokenmill[torch]'")
+
+from torch.utils.data import BatchSampler, DataLoader, default_collate  # noqa: E402
+
+from tokenmill import EpochSampler, errors  # noqa: E402
+from tokenmill import TokenDataset as NumPyDataset  # noqa: E402
+from tokenmill.torch import Rows, SharedShardedDataset, TokenDataset, collate  # noqa: E402
+
+
+@pytest.fixture(params=["shards", "consolidated"])
+def root(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, None])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("collation", ["ours", "default", "indices"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_batches(root: Path, dtype: torch.dtype | None, workers: int, collation: str) -> None:
+    dataset, plain = TokenDataset(root, dtype=dtype), NumPyDataset(root)
+    sampler = EpochSampler(len(dataset), seed=1)
+    if collation == "indices":
+        batches = BatchSampler(sampler, 16, drop_last=False)
+        loader = DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers)
+    else:
+        chosen = collate if collation == "ours" else None
+        loader = DataLoader(dataset, 16, sampler=sampler, num_workers=workers, collate_fn=chosen)
+    found = list(loader)
+    assert all(batch.dtype == (dtype or torch.uint16) for batch in found)
+    assert [len(batch) for batch in found] == [16] * (len(dataset) // 16) + [len(dataset) % 16]
+    assert np.array_equal(torch.cat(found).numpy(), plain[list(sampler)])
+
+
+def test_a_batch_is_gathered_into_one_tensor(root: Path) -> None:
+    dataset = TokenDataset(root)
+    rows = dataset.__getitems__([3, 1, 2])
+    assert isinstance(rows, Rows)
+    assert collate(rows) is rows.batch
+    assert [row.data_ptr() for row in rows] == [row.data_ptr() for row in rows.batch]
+    assert torch.equal(default_collate(rows), rows.batch)
+    assert collate([1, 2]).tolist() == [1, 2]
+    assert torch.equal(dataset[[3, 1, 2]], rows.batch)
+    assert torch.equal(dataset[3], rows[0])
+    assert dataset[-1].tolist() == NumPyDataset(root)[-1].tolist()
+    assert dataset.sample_id(3) == NumPyDataset(root).sample_id(3)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    before = dataset[3].clone()
+    rows.batch.zero_()  # memory of its own, never the file
+    assert torch.equal(dataset[3], before)
+
+
+def test_pickles(root: Path) -> None:
+    dataset = TokenDataset(root, dtype=None)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[5], dataset[5])
+
+
+def test_templars_own_class(
+    consolidated: Path,  # noqa: F811
+    shards: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its trainer uses it: on data with records and without, with PyTorch's own collation."""
+    plain = NumPyDataset(consolidated)
+    for path in (consolidated, without_records(consolidated, tmp_path / "bare")):
+        monkeypatch.setenv("DATASET_BINS_PATH", str(path))
+        dataset = SharedShardedDataset(sequence_length=SEQ_LEN, rank=0, world_size=1, token_dtype=np.uint16)
+        assert (dataset.tokens_file, dataset.ids_file) == (path / "tokens.bin", path / "sample_ids.bin")
+        assert len(dataset) == dataset.total_samples == len(dataset.sample_ids) == len(plain)
+        assert dataset[7].dtype == torch.uint16
+        assert dataset[7].tolist() == plain[7].tolist()
+        assert dataset.sample_id(7) == int(dataset.sample_ids[7].item()) == plain.sample_id(7)
+        loader = DataLoader(dataset, batch_size=4, sampler=EpochSampler(len(dataset), 3))
+        assert np.array_equal(torch.cat(list(loader)).numpy(), plain[list(EpochSampler(len(dataset), 3))])
+        assert torch.equal(pickle.loads(pickle.dumps(dataset))[7], dataset[7])
+    monkeypatch.setenv("DATASET_BINS_PATH", str(consolidated))
+    with pytest.raises(errors.DataRootError, match="expected tokens of uint32, found uint16"):
+        SharedShardedDataset(SEQ_LEN, 0, 1, token_dtype=np.uint32)
+    monkeypatch.setenv("DATASET_BINS_PATH", str(shards))
+    with pytest.raises(errors.DataRootError, match="has no sample ids"):
+        SharedShardedDataset(SEQ_LEN, 0, 1)
+
+
+def train(root: Path, checkpoint: Path, *arguments: object, ranks: int = 2) -> list[str]:
+    """Lines of the example's log."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    small = ["--context", SEQ_LEN, "--width", 32, "--layers", 1, "--heads", 2, "--log-every", 1, "--lr", 0.01]
+    script = [REPOSITORY / "examples" / "local_train.py", root, "--checkpoint", checkpoint, *small, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*line, *map(str, script)], capture_output=True, text=True, timeout=200, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def losses(lines: list[str]) -> dict[int, float]:
+    found = [line.split() for line in lines if line.startswith("step")]
+    return {int(words[1]): float(words[3]) for words in found}
+
+
+def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Stopped and resumed, with as many ranks or more, it takes the samples and has the losses of one long run."""
+    steps, batch = 30, 4
+    whole = train(consolidated, tmp_path / "whole", "--steps", steps, "--batch", batch)
+    unigram = float(whole[1].split()[-1])
+    assert losses(whole)[steps] < losses(whole)[1] - 1
+    assert losses(whole)[steps] < unigram + 0.5
+    samples = len(NumPyDataset(consolidated))
+    assert steps * batch < samples  # one epoch
+    first = train(consolidated, tmp_path / "parts", "--steps", 12, "--batch", batch)
+    rest = train(consolidated, tmp_path / "parts", "--steps", steps, "--batch", batch, "--drop-in", SEQ_LEN, ranks=1)
+    assert list(losses(first)) == list(range(1, 13))
+    for step, loss in (losses(first) | losses(rest)).items():
+        assert loss == pytest.approx(losses(whole)[step], abs=2e-3)
+    receipts = sorted(tmp_path.glob("*/receipt-*.json"))
+    assert [path.parent.name + path.stem for path in receipts] == [
+        "partsreceipt-epoch0-from0-rank0",
+        "partsreceipt-epoch0-from0-rank1",
+        f"partsreceipt-epoch0-from{12 * batch}-rank0",
+        "wholereceipt-epoch0-from0-rank0",
+        "wholereceipt-epoch0-from0-rank1",
+    ]
+    checked = run_cli("receipts", consolidated, *receipts)
+    assert (checked.returncode, checked.stdout.count(": true")) == (0, 5), checked.stdout
+
+
+def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+    """With a batch that does not divide the data set: the rest of the epoch is left out."""
+    samples = len(NumPyDataset(consolidated))
+    batch = samples // 2 - 3
+    train(consolidated, tmp_path / "ck", "--steps", 3, "--batch", batch, ranks=1)
+    names = sorted(path.name for path in (tmp_path / "ck").glob("receipt-*"))
+    assert names == ["receipt-epoch0-from0-rank0.json", "receipt-epoch1-from0-rank0.json"]
+    state = torch.load(tmp_path / "ck" / "model.pt", weights_only=True)
+    assert (state["step"], state["samples"]) == (3, samples + batch)
+    assert run_cli("receipts", consolidated, *(tmp_path / "ck").glob("receipt-*")).returncode == 0
