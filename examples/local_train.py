@@ -26,10 +26,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everyone calls it
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from tokenmill import EpochSampler, ReceiptWriter
-from tokenmill.torch import SharedShardedDataset, TokenDataset, collate
+from tokenmill.torch import SharedShardedDataset, TokenDataset, loader
 
 
 class Attention(nn.Module):
@@ -221,18 +220,17 @@ def batches(
     while True:
         epoch, start = divmod(samples, len(dataset))
         sampler = EpochSampler(len(dataset), options.seed, epoch, world.rank, world.size, start)
-        loader = DataLoader(
+        coming = loader(
             dataset,
-            options.batch // world.size,
-            sampler=sampler,
-            collate_fn=collate,
+            sampler,
+            batch_size=options.batch // world.size,
             num_workers=1,
             pin_memory=world.device.type == "cuda",
         )
-        steps = (len(dataset) - start) // options.batch  # not by len(loader): ranks may differ by one
+        steps = (len(dataset) - start) // options.batch  # not by len(coming): ranks may differ by one
         receipt = ReceiptWriter(dataset.data, sampler)
         try:
-            for batch in itertools.islice(loader, steps):
+            for batch in itertools.islice(coming, steps):
                 receipt.add(sampler.indices(receipt.samples, receipt.samples + len(batch)))
                 yield batch, samples + receipt.samples * world.size
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ from test_dataset import SEQ_LEN, consolidated, shards, without_records  # noqa:
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tokenmill[torch]'")
 
-from torch.utils.data import BatchSampler, DataLoader, default_collate  # noqa: E402
+from torch.utils.data import BatchSampler, DataLoader  # noqa: E402
 
 from tokenmill import EpochSampler, errors  # noqa: E402
 from tokenmill import TokenDataset as NumPyDataset  # noqa: E402
-from tokenmill.torch import Rows, SharedShardedDataset, TokenDataset, collate  # noqa: E402
+from tokenmill.torch import SharedShardedDataset, TokenDataset, loader  # noqa: E402
+
+TRAINERS = (REPOSITORY / "docs" / "trainers.md").read_text()
 
 
 @pytest.fixture(params=["shards", "consolidated"])
@@ -30,40 +33,40 @@ def root(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, None])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("collation", ["ours", "default", "indices"])
+@pytest.mark.parametrize("how", ["loader", "DataLoader", "batch sampler"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_batches(root: Path, dtype: torch.dtype | None, workers: int, collation: str) -> None:
+def test_batches(root: Path, dtype: torch.dtype | None, workers: int, how: str) -> None:
     dataset, plain = TokenDataset(root, dtype=dtype), NumPyDataset(root)
     sampler = EpochSampler(len(dataset), seed=1)
-    if collation == "indices":
-        batches = BatchSampler(sampler, 16, drop_last=False)
-        loader = DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers)
+    if how == "loader":
+        batches = loader(dataset, sampler, batch_size=16, num_workers=workers, drop_last=False)
+    elif how == "DataLoader":
+        batches = DataLoader(dataset, 16, sampler=sampler, num_workers=workers)
     else:
-        chosen = collate if collation == "ours" else None
-        loader = DataLoader(dataset, 16, sampler=sampler, num_workers=workers, collate_fn=chosen)
-    found = list(loader)
-    assert all(batch.dtype == (dtype or torch.uint16) for batch in found)
+        chosen = BatchSampler(sampler, 16, drop_last=False)
+        batches = DataLoader(dataset, batch_size=None, sampler=chosen, num_workers=workers)
+    found = list(batches)
+    assert all(type(batch) is torch.Tensor and batch.dtype == (dtype or torch.uint16) for batch in found)
     assert [len(batch) for batch in found] == [16] * (len(dataset) // 16) + [len(dataset) % 16]
     assert np.array_equal(torch.cat(found).numpy(), plain[list(sampler)])
+    assert len(loader(dataset, sampler, batch_size=16)) == len(dataset) // 16
 
 
-def test_a_batch_is_gathered_into_one_tensor(root: Path) -> None:
-    dataset = TokenDataset(root)
+def test_samples_have_memory_of_their_own(root: Path) -> None:
+    dataset, plain = TokenDataset(root), NumPyDataset(root)
+    batch = dataset[[3, 1, 2]]
+    assert np.array_equal(batch.numpy(), plain[[3, 1, 2]])
     rows = dataset.__getitems__([3, 1, 2])
-    assert isinstance(rows, Rows)
-    assert collate(rows) is rows.batch
-    assert [row.data_ptr() for row in rows] == [row.data_ptr() for row in rows.batch]
-    assert torch.equal(default_collate(rows), rows.batch)
-    assert collate([1, 2]).tolist() == [1, 2]
-    assert torch.equal(dataset[[3, 1, 2]], rows.batch)
-    assert torch.equal(dataset[3], rows[0])
-    assert dataset[-1].tolist() == NumPyDataset(root)[-1].tolist()
-    assert dataset.sample_id(3) == NumPyDataset(root).sample_id(3)
+    assert torch.equal(torch.stack(rows), batch)
+    assert rows[1].data_ptr() == rows[0].data_ptr() + rows[0].nbytes  # gathered once
+    assert torch.equal(dataset[3], batch[0])
+    assert dataset[-1].tolist() == plain[-1].tolist()
+    assert dataset.sample_id(3) == plain.sample_id(3)
     with pytest.raises(IndexError):
         dataset[len(dataset)]
-    before = dataset[3].clone()
-    rows.batch.zero_()  # memory of its own, never the file
-    assert torch.equal(dataset[3], before)
+    for found in (batch, rows[0], dataset[3]):
+        found.zero_()
+    assert np.array_equal(dataset[3].numpy(), plain[3])
 
 
 def test_pickles(root: Path) -> None:
@@ -152,3 +155,16 @@ def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: P
     state = torch.load(tmp_path / "ck" / "model.pt", weights_only=True)
     assert (state["step"], state["samples"]) == (3, samples + batch)
     assert run_cli("receipts", consolidated, *(tmp_path / "ck").glob("receipt-*")).returncode == 0
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python", TRAINERS))))
+def test_the_page_on_trainers_is_true(
+    consolidated: Path,  # noqa: F811
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = re.findall(r"```python\n(.*?)```", TRAINERS, re.DOTALL)[number]
+    monkeypatch.setenv("DATASET_BINS_PATH", str(consolidated))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, f"docs/trainers.md, block {number}", "exec"), {})

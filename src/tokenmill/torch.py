@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from tokenmill import dataset, layout
 
 try:
     import torch
-    from torch.utils.data import Dataset, default_collate, get_worker_info
+    from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 except ImportError as error:
     raise ImportError(
         "tokenmill.torch needs PyTorch, which is not installed; run: pip install 'tokenmill[torch]'"
     ) from (error)
 
 
-class Rows(list[torch.Tensor]):
-    """The samples of a batch, as the rows of the one tensor that holds them all."""
-
-    def __init__(self, batch: torch.Tensor) -> None:
-        super().__init__(batch.unbind(0))
-        self.batch = batch
-        """Shape `(samples, seq_len)`."""
-
-
-def collate(rows: Any) -> Any:
-    """For `DataLoader(..., collate_fn=collate)`: the tensor a batch was gathered into, not copied again."""
-    return rows.batch if isinstance(rows, Rows) else default_collate(rows)
-
-
 class TokenDataset(Dataset[torch.Tensor]):
     """The samples of a data root as tensors, for a `torch.utils.data.DataLoader`.
 
     `ds[i]` is a sample, shape `(seq_len,)`, and `ds[[3, 1, 2]]` a batch, shape `(3, seq_len)`: memory of their
-    own, never the file. A `DataLoader` asks for a whole batch at once, which is one gather into one tensor
-    (in its worker processes, one in shared memory); with `collate_fn=collate` it is not copied again.
+    own, never the file. Any `DataLoader` takes it; `loader` makes the one that copies least.
 
     Args:
         root, seq_len, stored_dtype, tokenizer_sha256: as `root`, `seq_len`, `dtype`, `tokenizer_sha256` of
@@ -68,25 +54,76 @@ class TokenDataset(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int | list[int]) -> torch.Tensor:
         if isinstance(index, list):
-            return self._gather(index)
-        sample = torch.empty(self.data.seq_len, dtype=self.dtype)
-        sample.numpy()[...] = self.data[index]
-        return sample
+            batch = torch.empty((len(index), self.data.seq_len), dtype=self.dtype)
+            self.data.gather(index, batch.numpy())
+            return batch
+        return _widened(self.data[index], self.dtype)
 
-    def __getitems__(self, indices: list[int]) -> Rows:
-        """A batch."""
-        return Rows(self._gather(indices))
-
-    def _gather(self, indices: list[int]) -> torch.Tensor:
-        batch = torch.empty((len(indices), self.data.seq_len), dtype=self.dtype)
-        if get_worker_info() is not None:
-            batch.share_memory_()  # where it must go anyway: gathered there, it is not copied
-        self.data.gather(indices, batch.numpy())
-        return batch
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """A batch, gathered at once: the rows of one tensor."""
+        return list(self[indices].unbind(0))
 
     def sample_id(self, index: int) -> int:
         """The id of a sample."""
         return self.data.sample_id(index)
+
+
+def loader(
+    dataset: TokenDataset,
+    sampler: Iterable[int],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    drop_last: bool = True,
+) -> DataLoader[torch.Tensor]:
+    """Batches of shape `(batch_size, seq_len)`, each gathered straight into one tensor.
+
+    Worker processes hand over the stored tokens, a quarter of the bytes, and this one makes tensors of them.
+
+    Args:
+        dataset: what to take samples from.
+        sampler: which ones, in which order.
+        batch_size: samples of a batch.
+        num_workers: processes that gather; 0 is the fastest unless something else in the loop is slow.
+        pin_memory: as `DataLoader` means it.
+        drop_last: leave out a last batch that is short.
+    """
+    return DataLoader(
+        _Batches(dataset),
+        batch_size=None,
+        sampler=BatchSampler(sampler, batch_size, drop_last),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+class _Batches(Dataset[Any]):
+    """Batches by their indices, for a `DataLoader` that is not to collate."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> torch.Tensor | _Gathered:
+        if get_worker_info() is None:
+            return self._dataset[indices]
+        return _Gathered(self._dataset.data[indices], self._dataset.dtype)
+
+
+class _Gathered:
+    """A batch on its way out of a worker process; it arrives as a tensor."""
+
+    def __init__(self, tokens: NDArray[Any], dtype: torch.dtype) -> None:
+        self._tokens, self._dtype = tokens, dtype
+
+    def __reduce__(self) -> tuple[Callable[..., torch.Tensor], tuple[NDArray[Any], torch.dtype]]:
+        return _widened, (self._tokens, self._dtype)
+
+
+def _widened(tokens: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    batch = torch.empty(tokens.shape, dtype=dtype)
+    batch.numpy()[...] = tokens
+    return batch
 
 
 class SharedShardedDataset(TokenDataset):
