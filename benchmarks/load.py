@@ -5,7 +5,8 @@
 Writes random tokens to FOLDER (0.8 GB for 200,000 samples of 2048, once for each format) and reads batches of
 64 x 2048 as int64 tensors at random indices, warm cache, without and with two worker processes. All ways take turns,
 three rounds; the median counts. `np.take` is one gather from a memmap into an array that is there already, of
-the stored 16-bit type: the limit, in the mode that does not buffer its output, as by default it does. Peers that are not installed are left out. They need
+the stored 16-bit type: the limit, in the mode that does not buffer its output, as by default it does. Peers that
+are not installed are left out. They need
 
     pip install --no-deps litdata mosaicml-streaming
     pip install lightning-utilities boto3 tqdm Brotli "python-snappy<1" xxhash zstd catalogue "transformers<5" pillow

@@ -28,6 +28,7 @@ from tokenmill.demo import TOKENIZER
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shard import tally
+from tokenmill.supply import ThreadSupply
 
 EOS = 2
 
@@ -246,9 +247,9 @@ def test_resume_gives_the_same_bytes(tmp_path: Path, recipe: Recipe, order: str,
 def test_resume_encodes_only_the_window(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = msgspec.structs.replace(recipe, buffer_size=10, shard_size=500)
     encoded = []
-    original = pipeline._encode_span
+    original = ThreadSupply._encode
     monkeypatch.setattr(
-        pipeline, "_encode_span", lambda source, span, encoder: encoded.append(span) or original(source, span, encoder)
+        ThreadSupply, "_encode", lambda self, source, span: encoded.append(span) or original(self, source, span)
     )
     whole = pretokenize(recipe, tmp_path / "whole", span_rows=5)
     everything = len(encoded)

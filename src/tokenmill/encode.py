@@ -67,6 +67,8 @@ class EncodedSpan(NamedTuple):
     """Documents the reference engine encoded as well."""
     bad: Mapping[int, str]
     """Why, of each row that is BAD, by its place in the span."""
+    retries: int = 0
+    """Requests for the text that failed and were tried again, where it was read elsewhere."""
 
 
 class Encoder:
@@ -89,11 +91,15 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.dtype = token_dtype(dtype)
+        self._settings = tokenizer, engine, special_in_text, dtype
         self._special_in_text = special_in_text
         self._loading = threading.Lock()
         self.engine = self._choose(engine)
         self._added = _any_of([token.content for token in tokenizer.added_tokens])
         self._special = _any_of([token.content for token in tokenizer.added_tokens if token.special])
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return _rebuilt, self._settings
 
     @functools.cached_property
     def _loaded_reference(self) -> HFEngine:
@@ -238,6 +244,10 @@ class Encoder:
         if pattern is None or len(documents) == 0:
             return np.empty(0, np.int64)
         return np.flatnonzero(pc.match_substring_regex(documents, pattern).to_numpy(zero_copy_only=False))
+
+
+def _rebuilt(tokenizer: TokenizerFile, engine: str, special_in_text: str, dtype: str) -> Encoder:
+    return Encoder(tokenizer, engine=engine, special_in_text=special_in_text, dtype=dtype)
 
 
 def _any_of(strings: list[str]) -> str | None:

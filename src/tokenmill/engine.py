@@ -1,4 +1,4 @@
-"""Engine: where tasks run. Here, threads of this process; encoding releases the GIL."""
+"""Engine: where tasks run. Here, threads of this process; encoding releases the GIL. `ray.py` has a cluster."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class TaskEngine(Protocol):
@@ -23,6 +25,70 @@ class TaskEngine(Protocol):
     def shutdown(self) -> None:
         """Drop tasks that have not begun; wait for the others."""
         ...
+
+
+class Kept(NamedTuple):
+    """What a task returned and stays where it was made, until a task that gets `reference` needs it."""
+
+    reference: object
+    nbytes: int
+
+
+class ClusterEngine(Protocol):
+    """Runs tasks in other processes, on this machine or others.
+
+    Tasks and their arguments are pickled; arguments that are references (`share`, `submit_split`) arrive as what
+    they refer to. A task whose process or machine is lost is run again, so it must give the same every time;
+    what it raises is raised by its future.
+    """
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def memory_nbytes(self) -> int:
+        """For what is kept, on all machines together."""
+        ...
+
+    def share(self, value: object) -> object:
+        """Bring a value to the machines once; a reference to it."""
+        ...
+
+    def submit(self, task: Callable[..., T], /, *args: object) -> Future[T]: ...
+
+    def submit_split(self, task: Callable[..., tuple[Any, T]], /, *args: object) -> Future[tuple[object, T]]:
+        """The same for a task that returns a pair, the first of which is kept: a reference to it, and the second."""
+        ...
+
+    def held(self, target: str) -> AbstractContextManager[None]:
+        """Be the only run of this cluster that writes to `target`.
+
+        Raises:
+            DataRootError: another is at work on it.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What it is doing, in a few words."""
+        ...
+
+    def cancel(self) -> None:
+        """Drop all tasks."""
+        ...
+
+
+def mapped(future: Future[T], change: Callable[[T], U]) -> Future[U]:
+    """A future of what `change` makes of the result."""
+    changed: Future[U] = Future()
+
+    def settle(done: Future[T]) -> None:
+        try:
+            changed.set_result(change(done.result()))
+        except BaseException as error:  # noqa: BLE001  # it is for whoever asks
+            changed.set_exception(error)
+
+    future.add_done_callback(settle)
+    return changed
 
 
 class ThreadEngine:

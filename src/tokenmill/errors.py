@@ -88,3 +88,9 @@ class LedgerError(TokenmillError):
     """Rows read and rows accounted for differ: a bug in tokenmill, never ignored."""
 
     exit_code = 7
+
+
+class EngineError(TokenmillError):
+    """The cluster is not there or cannot do it: start or mend it, then run again."""
+
+    exit_code = 8

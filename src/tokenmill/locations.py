@@ -6,6 +6,7 @@ reads them. What is remote is read by range; nothing is kept on disk.
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import os
@@ -15,7 +16,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import msgspec
 
@@ -233,13 +234,27 @@ class _Remote:
     name: str
     login: str
     """What to do when the store wants other credentials."""
+    own: ClassVar[frozenset[str]] = frozenset({"retrier", "http", "pool"})
+    """Attributes that stay in this process."""
 
     def __init__(self) -> None:
+        self.connect()
+
+    def connect(self) -> None:
+        """Make what is this process's own, credentials from its environment included."""
         from tokenmill.http import CONNECTIONS, HttpClient  # costs what a local corpus need not pay
 
         self.retrier = Retrier()
         self.http = HttpClient()
         self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another process needs to read the same files: no connection, and no credential."""
+        return {name: value for name, value in self.__dict__.items() if name not in self.own}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.connect()
 
     def opened(
         self, file: SourceFile, read: Callable[[int, int], bytearray], planned: Iterable[tuple[int, int]]
@@ -308,6 +323,7 @@ class _HubFiles(_Remote):
     """A data set of the hub at one commit: its split `train`, or the files that a path or a glob names."""
 
     login = "set HF_TOKEN to a token that may read the data set (it may have expired)"
+    own = _Remote.own | {"_headers", "_elsewhere", "_lock"}
 
     def __init__(self, dataset: str, options: StoreOptions) -> None:
         super().__init__()
@@ -315,6 +331,9 @@ class _HubFiles(_Remote):
         self._repository = hub.open_dataset(name, options.revision or revision, self.retrier)
         self.revision: str | None = self._repository.commit
         self.name = f"hf://datasets/{name}@{self.revision}"
+
+    def connect(self) -> None:
+        super().connect()
         self._headers = hub.headers()
         self._elsewhere: dict[str, str] = {}
         """Where the hub sent us for a file; saves asking it again for every range."""
@@ -375,19 +394,15 @@ class _BucketFiles(_Remote):
     """Objects of a bucket: one, all below a prefix, or those that a glob means."""
 
     login = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (a session may have expired)"
+    own = _Remote.own | {"_bucket"}
     revision: str | None = None
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        from tokenmill.s3 import Bucket
-
-        super().__init__()
         name, _, key = url.partition("://")[2].partition("/")
         if not name:
             raise SourceError(f"{url}: expected s3://BUCKET/PREFIX", next_step="correct --dataset")
-        self._bucket = self.asked(
-            url,
-            lambda: Bucket(name, self.http, endpoint_url=options.endpoint_url, anonymous=options.anonymous),
-        )
+        self._place = name, options.endpoint_url, options.anonymous
+        super().__init__()
         magic = _MAGIC.search(key)
         fixed = key[: magic.start()].rpartition("/")[0] if magic else key.rstrip("/")
         listed = self.asked(url, lambda: list(self._bucket.objects(fixed)))
@@ -405,6 +420,14 @@ class _BucketFiles(_Remote):
             fixed = os.path.commonpath([os.path.dirname(other) for other in self._objects])  # noqa: PTH120
         self._prefix = f"{fixed}/" if fixed else ""
         self.name = f"s3://{name}/{fixed}".rstrip("/")
+
+    def connect(self) -> None:
+        from tokenmill.s3 import Bucket
+
+        super().connect()
+        name, endpoint_url, anonymous = self._place
+        opened = functools.partial(Bucket, name, self.http, endpoint_url=endpoint_url, anonymous=anonymous)
+        self._bucket = self.asked(f"s3://{name}", opened)
 
     def files(self) -> list[SourceFile]:
         by_path = {key.removeprefix(self._prefix): found for key, found in self._objects.items()}

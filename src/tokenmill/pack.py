@@ -8,20 +8,24 @@ but `Block.pieces`, which the writer calls.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.encode import EncodedSpan
+from tokenmill.engine import Kept
 from tokenmill.layout import TokenArray
+
+Tokens: TypeAlias = TokenArray | Kept
+"""Of a span: here, or where they were made."""
 
 
 class Block(NamedTuple):
     """Rows in output order; every array has shape `(rows,)`."""
 
-    spans: list[TokenArray]
-    """The token arrays that the rows point into."""
+    spans: list[Tokens]
+    """The tokens that the rows point into."""
     span: NDArray[np.int64]
     """Index into `spans`."""
     start: NDArray[np.int64]
@@ -53,15 +57,19 @@ class Block(NamedTuple):
             self.row[begin:end],
         )
 
+    def pointing(self, spans: list[Tokens], span: NDArray[np.int64]) -> Block:
+        """The same rows, pointing into other spans."""
+        return Block(spans, span, self.start, self.length, self.flags, self.file, self.row)
+
     def pieces(self, skip: int, tokens: int) -> list[TokenArray]:
-        """Views of the rows' tokens, in order, from token `skip` on, `tokens` in all."""
+        """Views of the rows' tokens, in order, from token `skip` on, `tokens` in all; all spans are here."""
         found = self.length > 0
         starts = self.start[found]
         ends = starts + self.length[found]
         if len(starts):
             ends[-1] -= int(self.length.sum()) - skip - tokens
             starts[0] += skip
-        spans = self.spans
+        spans = cast("list[TokenArray]", self.spans)
         return [
             spans[s][a:b] for s, a, b in zip(self.span[found].tolist(), starts.tolist(), ends.tolist(), strict=True)
         ]
@@ -119,7 +127,7 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._tokens: list[TokenArray] = []
+        self._tokens: list[Tokens] = []
         # Of each span: first row (of all), source file, row there, rows not yet taken.
         self._spans = np.empty((4, 0), np.int64)
         # Of each row from `_base` on: start in its span, length, flags; with room for more.
@@ -131,8 +139,20 @@ class Window:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def add(self, first_row: int, file: int, row: int, encoded: EncodedSpan, *, pending: int) -> None:
-        """Hold a span whose row 0 is `first_row` of all, and `row` of `file`, until `pending` rows are taken."""
+    def add(
+        self,
+        first_row: int,
+        file: int,
+        row: int,
+        encoded: EncodedSpan,
+        *,
+        pending: int,
+        kept: Kept | None = None,
+    ) -> None:
+        """Hold a span whose row 0 is `first_row` of all, and `row` of `file`, until `pending` rows are taken.
+
+        Its tokens are `kept` elsewhere, or those of `encoded`.
+        """
         if not self._tokens:
             self._base = first_row
         begin = first_row - self._base
@@ -143,8 +163,8 @@ class Window:
         self._rows[2, begin:end] = encoded.flags
         self._used = end
         self._spans = np.hstack([self._spans, [[first_row], [file], [row], [pending]]])
-        self._tokens.append(encoded.tokens)
-        self.nbytes += encoded.tokens.nbytes
+        self._tokens.append(kept or encoded.tokens)
+        self.nbytes += self._tokens[-1].nbytes
 
     def _make_room(self, rows: int) -> None:
         """Room for so many rows from the base on, and as many again."""

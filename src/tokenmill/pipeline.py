@@ -1,34 +1,27 @@
-"""Pipeline: the only module that wires the stages together.
-
-The driver keeps a bounded number of spans in flight, feeds their row counts to the order and their
-lengths to the window, and hands parts of shards to the writer.
-"""
+"""Pipeline: the only module that wires the stages together."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
-from tokenmill.encode import EncodedSpan, Encoder
-from tokenmill.engine import Lookahead, TaskEngine, ThreadEngine, available_cores
-from tokenmill.errors import SourceChangedError, StorageError
+from tokenmill.driver import Driver, Show, Site
+from tokenmill.encode import Encoder
+from tokenmill.engine import ClusterEngine, ThreadEngine, available_cores
+from tokenmill.errors import StorageError
 from tokenmill.locations import without_secrets
-from tokenmill.manifest import Consolidated, Cursor, FileRecord, Manifest, ShardRecord, TokenizerRecord
+from tokenmill.manifest import Consolidated, FileRecord, Manifest, ShardRecord, TokenizerRecord
 from tokenmill.options import OnBadRows, StoreOptions
-from tokenmill.order import Rows, file_order, row_order
-from tokenmill.pack import Window, cut
 from tokenmill.preflight import Preflight, check_disk, preflight
 from tokenmill.proof import Proof, choose_scheme, is_whole, prove
 from tokenmill.recipe import Recipe, checked
@@ -44,12 +37,14 @@ from tokenmill.resume import (
     set_lost_aside,
 )
 from tokenmill.source import Corpus, find_corpus
-from tokenmill.spans import Span, SpanReader
 from tokenmill.stores import BucketStore, FolderStore, open_store
+from tokenmill.supply import TaskSupply, ThreadSupply
+from tokenmill.task_writer import TaskWriter
+from tokenmill.tasks import MadeShard, Target, Work
 from tokenmill.tokenizer import load_tokenizer
 from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
 from tokenmill.uploads import Sender
-from tokenmill.writer import Writer
+from tokenmill.writer import Recorder, Writer
 
 _NO_OPTIONS = StoreOptions()
 
@@ -59,19 +54,10 @@ SHARDS_PASSING = 5
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte of tokens, also when the shuffle's buffer is emptied."""
 
-
-class Progress(NamedTuple):
-    """Where a run is, for whoever shows it."""
-
-    tokens: int
-    """Of the data set, earlier runs included."""
-    documents: int
-    shard: int
-    """The one being written."""
-    window_nbytes: int
-    """Encoded tokens that wait for their turn in the order."""
-    retries: int
-    """Requests to a store that failed and were tried again."""
+CLUSTER_SPAN_ROWS = 10_000
+"""A task on a cluster costs a few milliseconds, and an object in its store, so tasks are larger there."""
+_CLUSTER_BLOCK_ROWS = 16_384
+"""Only their lengths are here."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -126,6 +112,7 @@ class Workload(NamedTuple):
 class Destination(NamedTuple):
     """A bucket that the data set goes to as it is made."""
 
+    url: str
     sender: Sender
     keep_local: bool
     """Whether shards stay here once they are there."""
@@ -138,10 +125,10 @@ class _Job(NamedTuple):
     manifest: Manifest
     prepared: Prepared
     workload: Workload
-    destination: Destination | None = None
-
-
-Show = Callable[[Progress], None]
+    destination: Destination | None
+    engine: ClusterEngine | None
+    """Where spans are encoded and shards written; None: here."""
+    store: StoreOptions
 
 
 def prepare(
@@ -195,6 +182,7 @@ def pretokenize(
     store: StoreOptions = _NO_OPTIONS,
     upload_to: str | None = None,
     keep_local: bool = True,
+    engine: ClusterEngine | None = None,
     show: Show = lambda progress: None,
     begin: Callable[[Preflight], None] = lambda plan: None,
 ) -> Summary:
@@ -213,6 +201,8 @@ def pretokenize(
         store: how to reach a corpus that is not local, and `upload_to`.
         upload_to: `s3://BUCKET/PREFIX` that gets each shard as it is finished, the manifest last.
         keep_local: whether shards and their documents stay here once they are there.
+        engine: a cluster to encode and write on (`tokenmill.ray.RayEngine`); None does it here. `root` must be on
+            storage that all its machines share, unless shards do not stay there.
         show: called from the driver's thread as parts are handed to the writer.
         begin: called once with the preflight, before anything is made.
 
@@ -222,12 +212,14 @@ def pretokenize(
     started = time.monotonic()
     root = Path(root)
     storage.make_root(root)
+    if engine is not None:
+        workers, span_rows = engine.workers, span_rows or CLUSTER_SPAN_ROWS
     workload = Workload(workers or available_cores(), span_rows, on_bad_rows)
-    with storage.held(root):
+    with storage.held(root), _held(engine, root, upload_to):
         begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
         destination = _destination(root, manifest, upload_to, store, keep_local=keep_local, consolidated=consolidated)
-        job = _Job(root, manifest, prepared, workload, destination)
+        job = _Job(root, manifest, prepared, workload, destination, engine, store)
         storage.remove_partials(root)
         if begun is None:
             (root / layout.SKIPPED).unlink(missing_ok=True)
@@ -246,6 +238,17 @@ def pretokenize(
             audited, status = _make(job, None, show, begin), "complete"
         _send_all(job)
         return _summary(job, status, done, started, audited=audited, remade=remade)
+
+
+@contextlib.contextmanager
+def _held(engine: ClusterEngine | None, root: Path, upload_to: str | None) -> Iterator[None]:
+    """A lock on the data root holds where file systems carry locks; the cluster's own holds on all its machines."""
+    with contextlib.ExitStack() as leases:
+        if engine is not None:
+            leases.enter_context(engine.held(str(root.resolve())))
+            if upload_to is not None:
+                leases.enter_context(engine.held(upload_to.rstrip("/")))
+        yield
 
 
 def _destination(
@@ -269,7 +272,7 @@ def _destination(
             f"{layout.TOKENS} is one file, which grows to the end of the run: it cannot leave piece by piece",
             next_step="leave out --consolidated or --keep-local no",
         )
-    return Destination(Sender(root, opened, manifest), keep_local)
+    return Destination(upload_to, Sender(root, opened, manifest), keep_local)
 
 
 def _send_shard(job: _Job, record: ShardRecord) -> None:
@@ -446,13 +449,12 @@ def _software(encoder: Encoder) -> dict[str, str]:
 
 def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callable[[], None]) -> int:
     """Make every shard the manifest does not prove; documents audited."""
-    engine = ThreadEngine(job.workload.workers)
-    sends = job.destination is not None and file is None
-    published = functools.partial(_send_shard, job) if sends else None
-    writer = Writer(job.root, job.manifest, job.prepared.encoder.dtype, file, published=published)
+    recorder = Recorder(job.root, job.manifest)
+    site = _here(job, file, recorder) if job.engine is None else _elsewhere(job, job.engine, file, recorder)
     audited = 0
     ranges = missing_ranges(job.manifest)
-    drivers = [_Driver(job, first, end, engine, writer=writer, show=show) for first, end in ranges]
+    corpus = job.prepared.corpus
+    drivers = [Driver(corpus, job.manifest, site, first=first, end=end, show=show) for first, end in ranges]
     try:
         if drivers:
             drivers[0].start()
@@ -462,233 +464,63 @@ def _run(job: _Job, file: TokensFile | None, show: Show, before_writing: Callabl
                 driver.start()
             driver.run()
             audited += driver.audited
-        writer.close()
+        site.writer.close()
     except BaseException:
         job.prepared.corpus.location.close()
         if job.destination is not None:
             job.destination.sender.stop()
-        engine.shutdown()
-        writer.abandon()
+        site.stop()
+        site.writer.abandon()
         raise
     finally:
         for driver in drivers:
             driver.close()
-    engine.shutdown()
+    site.stop()
     manifests.balance(job.root, job.manifest)
-    writer.skipped.settle(sum(entry.bad for entry in job.manifest.ledger))
+    recorder.skipped.settle(sum(entry.bad for entry in job.manifest.ledger))
     manifests.complete(job.root, job.manifest)
     return audited
 
 
-class _Reading(NamedTuple):
-    """A span on its way through the run."""
-
-    first_row: int
-    """In reading order over all files."""
-    file: int
-    span: Span
-    source: SpanReader
-
-
-class _Passed(NamedTuple):
-    """A source file whose rows the order took without its being opened."""
-
-    first_row: int
-    """In reading order over all files; likewise `end`, one past its last."""
-    end: int
-    file: int
+def _here(job: _Job, file: TokensFile | None, recorder: Recorder) -> Site:
+    engine = ThreadEngine(job.workload.workers)
+    corpus, encoder, workload = job.prepared.corpus, job.prepared.encoder, job.workload
+    supply = ThreadSupply(corpus, encoder, engine, on_bad_rows=workload.on_bad_rows, span_rows=workload.span_rows)
+    sends = job.destination is not None and file is None
+    published = functools.partial(_send_shard, job) if sends else None
+    writer = Writer(job.root, job.manifest, encoder.dtype, recorder, tokens_file=file, published=published)
+    return Site(supply, writer, _BLOCK_ROWS, engine.shutdown, lambda nbytes: True, lambda: False, lambda: "")
 
 
-class _Driver:
-    """Makes shards `first` to `end` (None: to the end of the stream)."""
+def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, recorder: Recorder) -> Site:
+    recipe, corpus, encoder = job.prepared
+    sends = job.destination is not None and file is None
+    target = Target(
+        root=job.root.absolute(),
+        dtype=job.manifest.stored_dtype,
+        paths=tuple(entry.path for entry in job.manifest.files),
+        shard_size=recipe.shard_size,
+        is_one_file=file is not None,
+        upload_to=job.destination.url if job.destination is not None and sends else None,
+        store=job.store,
+        keep_local=_stays(job),
+    )
+    work = Work(corpus, encoder, job.workload.on_bad_rows, job.workload.span_rows, target)
+    shared = engine.share(work)
 
-    def __init__(
-        self, job: _Job, first: int, end: int | None, engine: TaskEngine, *, writer: Writer, show: Show
-    ) -> None:
-        recipe, self._corpus, self._encoder = job.prepared
-        self._recipe = recipe
-        self._manifest = job.manifest
-        self._workload = job.workload
-        self._engine = engine
-        self._writer = writer
-        self._show = show
-        self._order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
-        self._window = Window()
-        self._first = first
-        size, total = recipe.shard_size, recipe.total_tokens
-        self._stop = min(filter(None, (total, end and end * size)), default=None)
-        self._cursor = job.manifest.cursor(first)
-        self._position = job.manifest.position(first) - self._cursor.offset
-        """Token of the stream at which the next row starts."""
-        self._emitted = self._cursor.position
-        """Rows emitted before it."""
-        self._work: Lookahead[tuple[_Reading, int]] | None = None
-        self._in_flight: deque[tuple[_Reading, int, Future[EncodedSpan]]] = deque()
-        self.audited = 0
+    def made(shard: MadeShard) -> None:
+        corpus.location.retrier.count += shard.retries
+        for sent in shard.sent:
+            assert job.destination is not None
+            job.destination.sender.adopt(sent)
 
-    def start(self) -> None:
-        """Replay the order up to the first shard and submit the first spans."""
-        self._rest, again, readings = self._replay(self._cursor)
-        self._again = len(again)
-        self._work = Lookahead(self._plan_work(again, readings), 2 * self._engine.workers)
-        self._submit_ahead()
-
-    def close(self) -> None:
-        """Read no more."""
-        if self._work is not None:
-            self._work.close()
-
-    def run(self) -> None:
-        """Go on to the end, handing parts to the writer."""
-        self._writer.begin()
-        encoded = self._encoded()
-        for reading, pending, span in itertools.islice(encoded, self._again):
-            self._hold(reading, pending, span)
-        self._emit(self._rest)
-        for reading, pending, span in encoded:
-            self._hold(reading, pending, span)
-            self._emit(self._order.push(reading.span.rows))
-            if self._at_stop():
-                return
-        self._emit(self._order.finish())
-        if not self._at_stop():
-            self._writer.end_of_corpus(Cursor(self._emitted))
-
-    def _at_stop(self) -> bool:
-        return self._stop is not None and self._position >= self._stop
-
-    def _readings(self, files: Sequence[int], first_row: int = 0) -> Iterator[_Reading]:
-        """Every span of some files in reading order; they are opened as they are reached."""
-        for index in files:
-            source = self._corpus.open(index, span_rows=self._workload.span_rows)
-            self._count_rows(index, source)
-            for span in source.spans():
-                yield _Reading(first_row, index, span, source)
-                first_row += span.rows
-            self._count_rows(index, source)
-
-    def _count_rows(self, index: int, source: SpanReader) -> None:
-        """A file's rows, once they are known, must be those an earlier run found."""
-        record = self._manifest.files[index]
-        if None not in (record.rows, source.rows) and record.rows != source.rows:
-            raise SourceChangedError(
-                f"{source.name}: the source changed since this data root was begun: expected {record.rows} rows, "
-                f"found {source.rows}",
-                next_step="restore the file, or start in another directory",
-            )
-        record.rows = source.rows if record.rows is None else record.rows
-
-    def _pass_files(self, files: Sequence[int], cursor: Cursor) -> tuple[list[_Passed], int]:
-        """Run the order over the first files without opening them, as far as their rows were counted before.
-
-        Returns those files, all of whose emitted rows lie before `cursor`, and how many were emitted.
-        """
-        passed: list[_Passed] = []
-        first_row = emitted = 0
-        for index in files:
-            rows = self._manifest.files[index].rows
-            if rows is None or emitted + rows > cursor.position:
-                break
-            emitted += len(self._order.push(rows))
-            passed.append(_Passed(first_row, first_row + rows, index))
-            first_row += rows
-        return passed, emitted
-
-    def _replay(self, cursor: Cursor) -> tuple[Rows, list[tuple[_Reading, int]], Iterator[_Reading]]:
-        """Run the order, without text, up to `cursor`.
-
-        Returns the rows from the cursor on that are emitted already; the spans that hold those and the rows
-        still in the order, each with how many of its rows that is; and the spans that come then.
-        """
-        files = file_order(len(self._corpus.files), kind=self._recipe.order, seed=self._recipe.seed).tolist()
-        whole, emitted = self._pass_files(files, cursor)
-        first_row = whole[-1].end if whole else 0
-        readings = self._readings(files[len(whole) :], first_row)
-        passed: list[_Reading] = []
-        rest: Rows = np.empty(0, np.int64)
-        while emitted <= cursor.position and cursor != Cursor():
-            reading = next(readings, None)
-            rows = self._order.finish() if reading is None else self._order.push(reading.span.rows)
-            emitted += len(rows)
-            rest = rows[max(0, len(rows) - (emitted - cursor.position)) :]
-            if reading is None:
-                break
-            reading.source.drop(reading.span)
-            passed.append(reading)
-        wanted = np.concatenate([rest, self._order.held()])
-        for begin, end, file in whole:
-            if np.any((wanted >= begin) & (wanted < end)):
-                passed += self._readings([file], begin)
-        passed.sort(key=lambda reading: reading.first_row)
-        if not passed:
-            return rest, [], readings
-        starts = np.array([reading.first_row for reading in passed], np.int64)
-        pending = np.bincount(np.searchsorted(starts, wanted, side="right") - 1, minlength=len(passed))
-        return rest, [(reading, int(pending[i])) for i, reading in enumerate(passed) if pending[i]], readings
-
-    def _plan_work(
-        self, again: list[tuple[_Reading, int]], readings: Iterator[_Reading]
-    ) -> Iterator[tuple[_Reading, int]]:
-        """What to encode, in reading order: a span, and how many of its rows will be emitted."""
-        for index, group in itertools.groupby(again, key=lambda work: work[0].file):
-            needed = list(group)
-            source = self._corpus.open(index, span_rows=self._workload.span_rows)
-            source.keep_only([reading.span for reading, _ in needed])
-            for reading, pending in needed:
-                source.prefetch(reading.span)
-                yield reading._replace(source=source), pending
-        for reading in readings:
-            reading.source.prefetch(reading.span)
-            yield reading, reading.span.rows
-
-    def _submit_ahead(self) -> None:
-        """Keep a bounded number of spans with the engine."""
-        assert self._work is not None
-        for reading, pending in itertools.islice(self._work, 2 * self._engine.workers + 1 - len(self._in_flight)):
-            future = self._engine.submit(_encode_span, reading, self._encoder, self._workload.on_bad_rows)
-            self._in_flight.append((reading, pending, future))
-
-    def _encoded(self) -> Iterator[tuple[_Reading, int, EncodedSpan]]:
-        """Spans in reading order, as they are encoded."""
-        while self._in_flight:
-            reading, pending, future = self._in_flight.popleft()
-            encoded = future.result()
-            self._submit_ahead()
-            yield reading, pending, encoded
-
-    def _hold(self, reading: _Reading, pending: int, encoded: EncodedSpan) -> None:
-        self._window.add(reading.first_row, reading.file, reading.span.first_row, encoded, pending=pending)
-        self._writer.skipped.learn(reading.file, reading.span.first_row, encoded.bad)
-        self.audited += encoded.audited
-
-    def _emit(self, rows: Rows) -> None:
-        """Hand rows to the writer in blocks, cut into parts."""
-        for at in range(0, len(rows), _BLOCK_ROWS):
-            if self._at_stop():
-                return
-            block = self._window.take(rows[at : at + _BLOCK_ROWS])
-            token, row = self._position, 0
-            for part in cut(token, block.length, shard_size=self._recipe.shard_size, stop=self._stop):
-                row = part.end
-                next_cursor = Cursor(self._emitted + part.end - (part.cut_at > 0), part.cut_at)
-                if part.shard >= self._first:
-                    self._writer.append(block, part, token, next_cursor)
-                token += part.tokens
-            self._position += block.tokens
-            self._emitted += len(block)
-            if not self._at_stop():
-                self._writer.append_idle(block.rows(row, len(block)))
-            self._show(
-                Progress(
-                    self._writer.tokens,
-                    self._writer.documents,
-                    token // self._recipe.shard_size,
-                    self._window.nbytes,
-                    self._corpus.location.retrier.count,
-                )
-            )
-
-
-def _encode_span(reading: _Reading, encoder: Encoder, on_bad_rows: OnBadRows) -> EncodedSpan:
-    source, span = reading.source, reading.span
-    return encoder.encode(source.read(span), where=source.name, first_row=span.first_row, on_bad_rows=on_bad_rows)
+    writer = TaskWriter(job.manifest, engine, shared, target, recorder, tokens_file=file, made=made)
+    return Site(
+        TaskSupply(work, shared, engine),
+        writer,
+        _CLUSTER_BLOCK_ROWS,
+        engine.cancel,
+        lambda nbytes: nbytes + writer.nbytes <= engine.memory_nbytes,
+        writer.await_one,
+        engine.describe,
+    )

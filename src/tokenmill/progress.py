@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from tokenmill.pipeline import Progress, Show
+    from tokenmill.driver import Progress, Show
 
 _PLAIN_SECONDS = 10.0
 """Between lines when nobody watches a terminal."""

@@ -121,6 +121,9 @@ class Retrier:
         )
         return retrying(task)
 
+    def __reduce__(self) -> tuple[type[Retrier], tuple[()]]:
+        return Retrier, ()  # in another process it counts for itself
+
     def stop(self) -> None:
         """Let nobody wait any longer: the run is ending."""
         self._stopped.set()

@@ -7,6 +7,7 @@ at a time. Write and hash run where `append` is called, off the driver's thread.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from tokenmill.encode import BAD, EMPTY, NULL, SPECIAL
 from tokenmill.errors import SourceChangedError, StorageError
 from tokenmill.manifest import Count, Cursor, ShardRecord
 from tokenmill.pack import Block, Part
-from tokenmill.storage import AtomicFile, write_whole
+from tokenmill.storage import AtomicFile, reported, write_whole
 from tokenmill.tokens_file import TokensFile
 
 _DOCUMENTS_SCHEMA = pa.schema(
@@ -32,6 +33,7 @@ _DOCUMENTS_SCHEMA = pa.schema(
     }
 )
 _DOCUMENTS_ROW_GROUP = 1 << 18
+_READ_NBYTES = 1 << 20
 
 
 class Place(Protocol):
@@ -57,10 +59,10 @@ class Place(Protocol):
 class ShardFile:
     """A file of its own, `train_NNNNNN.npy`."""
 
-    def __init__(self, path: Path, header: bytes) -> None:
+    def __init__(self, path: Path, header: bytes, tag: str = "") -> None:
         self.path = path
         self._header = header
-        self._file = AtomicFile(path)
+        self._file = AtomicFile(path, tag)
         try:
             self._file.write(header)
         except StorageError:
@@ -113,6 +115,44 @@ class ShardStretch:
         """Nothing: what is not recorded is cut off by the next run."""
 
 
+class ShardRange:
+    """A range of `tokens.bin`, whose place in it is known before the shards in front of it are made.
+
+    Writers of the same range write the same bytes.
+    """
+
+    def __init__(self, path: Path, begin: int) -> None:
+        self.path = path
+        self._begin = self._end = begin
+        with reported(path):
+            # Made by whoever comes first; never cut off here, lest another's bytes go.
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+
+    def write(self, tokens: memoryview) -> None:
+        with reported(self.path):
+            while tokens:
+                os.lseek(self._descriptor, self._end, os.SEEK_SET)
+                count = os.write(self._descriptor, tokens)
+                tokens, self._end = tokens[count:], self._end + count
+
+    def digest(self, header: bytes) -> str:
+        sha256 = hashlib.sha256(header)
+        with reported(self.path):
+            for at in range(self._begin, self._end, _READ_NBYTES):
+                os.lseek(self._descriptor, at, os.SEEK_SET)
+                sha256.update(os.read(self._descriptor, min(_READ_NBYTES, self._end - at)))
+        return sha256.hexdigest()
+
+    def publish(self, header: bytes) -> int:  # it has no header here
+        with reported(self.path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+        return 0
+
+    def discard(self) -> None:
+        os.close(self._descriptor)
+
+
 class ShardWriter:
     """One shard in the making.
 
@@ -123,6 +163,7 @@ class ShardWriter:
         tokens: the shard's size if it is full; the last one may end with less.
         dtype: of a token.
         paths: names of the source files, by index.
+        tag: as of `storage.AtomicFile`, for the sidecar.
     """
 
     def __init__(
@@ -134,13 +175,14 @@ class ShardWriter:
         tokens: int,
         dtype: layout.TokenDType,
         paths: pa.Array,
+        tag: str = "",
     ) -> None:
         self.index = index
         self._place = place
         self._expected = tokens
         self._dtype = dtype
         self._tokens = 0
-        self._documents = Documents(root / layout.documents_name(index), paths)
+        self._documents = Documents(root / layout.documents_name(index), paths, tag)
         self._ledger: dict[int, Count] = {}
         self._sha256 = hashlib.sha256(layout.npy_header(dtype, tokens))
 
@@ -205,8 +247,9 @@ class ShardWriter:
 class Documents:
     """The documents sidecar in the making; memory holds one row group and the compressed rest."""
 
-    def __init__(self, path: Path, paths: pa.Array) -> None:
+    def __init__(self, path: Path, paths: pa.Array, tag: str = "") -> None:
         self._path = path
+        self._tag = tag
         self._paths = paths
         self._sink = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(self._sink, _DOCUMENTS_SCHEMA, compression="zstd")
@@ -240,7 +283,7 @@ class Documents:
             self._write(self._waiting_rows)
         self._writer.close()
         data = memoryview(self._sink.getvalue())
-        write_whole(self._path, data)
+        write_whole(self._path, data, self._tag)
         return hashlib.sha256(data).hexdigest()
 
 

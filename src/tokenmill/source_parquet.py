@@ -28,6 +28,7 @@ from tokenmill.spans import (
     check_text_column,
     first_line,
     gone,
+    joined,
     native,
 )
 
@@ -248,16 +249,8 @@ class _UnitReader:
                 raise self._damaged(first_line(error)) from None
             pieces.append(batch.column(0))
             missing -= len(batch)
-        return pieces[0] if len(pieces) == 1 else pa.concat_arrays([_large(piece) for piece in pieces])
+        return joined(pieces)
 
     def _damaged(self, what: str) -> SourceError:
         where = self._file.damaged_groups(self._groups)
         return SourceError(f"{self._file.name}: {where}: cannot be read: {what}", next_step=MEND)
-
-
-def _large(texts: pa.Array) -> pa.Array:
-    """With 64-bit offsets: together, pieces may pass 2 GB."""
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.dictionary_decode()
-    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
-    return texts.cast(large.get(texts.type, texts.type))

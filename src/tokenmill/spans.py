@@ -150,3 +150,15 @@ def first_line(error: Exception) -> str:
 def native(opened: Path | RemoteFile) -> str | pa.NativeFile:
     """As Arrow opens it."""
     return pa.PythonFile(opened, "r") if isinstance(opened, RemoteFile) else str(opened)
+
+
+def joined(pieces: list[pa.Array]) -> pa.Array:
+    """Texts one after the other; with 64-bit offsets if there are several: together they may pass 2 GB."""
+    return pieces[0] if len(pieces) == 1 else pa.concat_arrays([_large(piece) for piece in pieces])
+
+
+def _large(texts: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.dictionary_decode()
+    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return texts.cast(large.get(texts.type, texts.type))

@@ -22,15 +22,19 @@ from tokenmill.errors import DataRootError, StorageError
 class AtomicFile:
     """A file that appears under its name only when it is complete.
 
+    Args:
+        path: its name.
+        tag: tells apart the files in the making of several writers of the same name, of which each is right.
+
     Use as a context manager: leaving it normally publishes the file, an exception removes it.
 
     Raises:
         StorageError: the disk is full or not writable. Nothing remains of the file then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tag: str = "") -> None:
         self.path = path
-        self._partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+        self._partial = path.with_name(path.name + tag + layout.PARTIAL_SUFFIX)
         with reported(path):
             self._file: io.FileIO = self._partial.open("wb", buffering=0)
 
@@ -87,9 +91,9 @@ def publish(partial: Path, path: Path) -> None:
         _fsync_directory(path.parent)
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a small file atomically."""
-    with AtomicFile(path) as file:
+def write_whole(path: Path, data: bytes | memoryview, tag: str = "") -> None:
+    """Write a small file atomically; `tag` as of `AtomicFile`."""
+    with AtomicFile(path, tag) as file:
         file.write(data)
 
 
@@ -167,6 +171,6 @@ def held(root: Path) -> Iterator[None]:
 def remove_partials(root: Path) -> None:
     """Delete what a killed run left half-written. Call with the lock held."""
     for pattern in (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB, layout.MANIFEST):
-        for partial in root.glob(pattern + layout.PARTIAL_SUFFIX):
+        for partial in root.glob(f"{pattern}*{layout.PARTIAL_SUFFIX}"):
             with reported(partial):
                 partial.unlink()

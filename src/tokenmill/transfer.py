@@ -128,8 +128,9 @@ class Journal:
         return entry is not None and (entry.etag, entry.nbytes) == (file.etag, file.nbytes)
 
     def note(self, file: StoredFile) -> None:
-        """Remember that the file here is the one there."""
-        mtime_ns = (self._root / file.path).stat().st_mtime_ns
+        """Remember that the file here, if there is one, is the one there."""
+        path = self._root / file.path
+        mtime_ns = path.stat().st_mtime_ns if path.exists() else 0
         with self._lock:
             self._entries[file.path] = Entry(file.etag, file.nbytes, mtime_ns)
             storage.write_whole(self._root / layout.TRANSFERS, msgspec.json.encode(self._stores))

@@ -115,10 +115,17 @@ class Sender:
         store: where to; listed once, now.
         coming: the manifest of what is to be sent, which must be that of what is there, if there is one.
         show: called with bytes that travelled and bytes that are to.
+        remembers: whether `transfers.json` of the data root is kept; False where others send from it, too.
     """
 
     def __init__(
-        self, root: Path, store: BucketStore, coming: Manifest | None, show: Show = lambda done, total: None
+        self,
+        root: Path,
+        store: BucketStore,
+        coming: Manifest | None,
+        show: Show = lambda done, total: None,
+        *,
+        remembers: bool = True,
     ) -> None:
         self._root = root
         self._here = FolderStore(root)
@@ -126,7 +133,7 @@ class Sender:
         self._show = show
         self._there = store.files()
         refuse_other(store.name, stored_manifest(store, self._there), coming)
-        self._journal = Journal(root, store.name)
+        self._journal = Journal(root, store.name) if remembers else None
         self._lock = threading.Lock()
         self._done_nbytes = 0
         self._total_nbytes = 0
@@ -136,12 +143,22 @@ class Sender:
     def is_there(self, file: StoredFile) -> bool:
         """Whether the store is known to hold that file."""
         there = self._there.get(file.path)
-        return there is not None and self._journal.has(there)
+        return there is not None and self._journal is not None and self._journal.has(there)
 
     def was_sent(self, path: str) -> bool:
         """Whether an earlier run sent the file of that name, which may be gone here, and it is there still."""
         there = self._there.get(path)
-        return there is not None and self._journal.sent(there)
+        return there is not None and self._journal is not None and self._journal.sent(there)
+
+    def sent(self, path: str) -> StoredFile:
+        """A file as it is there, once it is."""
+        return self._there[path]
+
+    def adopt(self, file: StoredFile) -> None:
+        """Take note of a file that another machine sent."""
+        self._there[file.path] = file
+        if self._journal is not None:
+            self._journal.note(file)
 
     def send(self, wanted: dict[str, StoredFile]) -> list[Moved]:
         """Send files, the records last, and look whether all arrived."""
@@ -180,6 +197,10 @@ class Sender:
         """Of the store."""
         return self._store.name
 
+    def close(self) -> None:
+        """Let go of the threads, once all is sent."""
+        self._pool.shutdown()
+
     def stop(self) -> None:
         """Send no more."""
         self._stopped = True
@@ -214,7 +235,7 @@ class Sender:
         if self.is_there(file):
             return Moved(file.path, file.nbytes, True, 0, "etag")
         if self._equals(file):
-            self._journal.note(self._there[file.path])
+            self.adopt(self._there[file.path])
             self._note_progress(file.nbytes)
             return Moved(file.path, file.nbytes, True, 0, "etag")
         if file.path in self._there and file.path not in RECORDS:
@@ -223,8 +244,7 @@ class Sender:
             etag, moved = self._send_whole(file, sha256)
         else:
             etag, moved = self._send_parts(file, sha256)
-        self._there[file.path] = StoredFile(file.path, file.nbytes, etag)
-        self._journal.note(self._there[file.path])
+        self.adopt(StoredFile(file.path, file.nbytes, etag))
         return Moved(file.path, file.nbytes, False, moved, "etag" if sha256 is None else "sha256")
 
     def _equals(self, file: StoredFile) -> bool:

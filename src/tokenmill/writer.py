@@ -65,6 +65,45 @@ class _Lane:
         self._pool.shutdown()
 
 
+class Recorder:
+    """Enters finished shards into the manifest, and rows that were left out into `skipped.jsonl`.
+
+    Args:
+        root: the data root.
+        manifest: of the data set.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root = root
+        self._manifest = manifest
+        self.skipped = SkippedRows(root, [file.path for file in manifest.files])
+        self._has_recorded = False
+        self._save_due = 0.0
+
+    def record(self, record: ShardRecord) -> None:
+        """Enter a shard that is durable."""
+        self.skipped.flush()
+        self._manifest.add(record)
+        self._has_recorded = True
+        if time.monotonic() >= self._save_due:
+            self._save()
+        name = layout.shard_name(record.index)
+        log.info("%s: %d tokens, %d documents, sha256 %s", name, record.tokens, record.documents, record.sha256)
+
+    def abandon(self) -> None:
+        """Save what was entered, in a run that ends with an error."""
+        # On a full disk this fails as well: the error that brought us here is the one to tell, and
+        # a shard without a record is made again.
+        if self._has_recorded:
+            with contextlib.suppress(StorageError):
+                self._save()
+
+    def _save(self) -> None:
+        begin = time.monotonic()
+        manifests.save(self._root, self._manifest)
+        self._save_due = time.monotonic() + max(_SAVE_SECONDS, 10 * (time.monotonic() - begin))
+
+
 class Writer:
     """Writes the shards it is handed the parts of, in order; keeps the manifest.
 
@@ -72,6 +111,7 @@ class Writer:
         root: the data root.
         manifest: of the data set, entered into as shards are finished.
         dtype: of a token.
+        recorder: enters them.
         tokens_file: takes the tokens of all shards; None gives each a file of its own.
         published: called, on a thread of its own, with each shard that is finished and recorded.
     """
@@ -81,8 +121,9 @@ class Writer:
         root: Path,
         manifest: Manifest,
         dtype: layout.TokenDType,
-        tokens_file: TokensFile | None = None,
+        recorder: Recorder,
         *,
+        tokens_file: TokensFile | None = None,
         published: Callable[[ShardRecord], None] | None = None,
     ) -> None:
         self._root = root
@@ -90,17 +131,15 @@ class Writer:
         self._on_published = published
         self._manifest = manifest
         self._dtype = dtype
-        paths = [file.path for file in manifest.files]
-        self._paths = pa.array(paths, pa.string())
-        self.skipped = SkippedRows(root, paths)
+        self._recorder = recorder
+        self._paths = pa.array([file.path for file in manifest.files], pa.string())
+        self.skipped = recorder.skipped
         self._writing = _Lane("write", waiting=_WAITING_PARTS)
         self._publishing = _Lane("publish", waiting=1)
         self._sending = _Lane("send", waiting=1)  # no more shards than that wait on a disk that may be small
         self._shard: ShardWriter | None = None
         self._unfinished: list[ShardWriter] = []
         self._idle: list[Count] = []
-        self._published = False
-        self._save_due = 0.0
         self.tokens = manifest.tokens
         """Of the data set, handed over so far; likewise `documents`."""
         self.documents = manifest.documents
@@ -136,11 +175,7 @@ class Writer:
         self._shutdown()
         for shard in self._unfinished:
             shard.discard()
-        # On a full disk this fails as well: the error that brought us here is the one to tell, and
-        # a shard without a record is made again.
-        if self._published:
-            with contextlib.suppress(StorageError):
-                self._save()
+        self._recorder.abandon()
 
     def _shutdown(self) -> None:
         self._writing.shutdown()
@@ -189,17 +224,6 @@ class Writer:
     def _publish(self, shard: ShardWriter, next_cursor: Cursor) -> None:
         record = shard.finish(next_cursor, self._manifest.expected(shard.index))
         self._unfinished.remove(shard)
-        self.skipped.flush()
-        self._manifest.add(record)
-        self._published = True
-        if time.monotonic() >= self._save_due:
-            self._save()
-        name = layout.shard_name(record.index)
-        log.info("%s: %d tokens, %d documents, sha256 %s", name, record.tokens, record.documents, record.sha256)
+        self._recorder.record(record)
         if self._on_published is not None:
             self._sending.submit(self._on_published, record)
-
-    def _save(self) -> None:
-        begin = time.monotonic()
-        manifests.save(self._root, self._manifest)
-        self._save_due = time.monotonic() + max(_SAVE_SECONDS, 10 * (time.monotonic() - begin))

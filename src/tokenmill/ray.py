@@ -1,0 +1,200 @@
+"""Ray: tasks on the machines of a cluster; the one module that imports Ray (extra `ray`). No logic of a run is here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tokenmill.engine import mapped
+from tokenmill.errors import DataRootError, EngineError, TokenmillError
+
+T = TypeVar("T")
+
+LOCAL = "local"
+"""Address that starts Ray on this machine alone, for as long as the run takes."""
+
+_NAMESPACE = "tokenmill"
+_RETRIES = 8
+"""Of a task whose process or machine was lost; what a task raises is not tried again."""
+_STORE_SHARE = 0.6
+"""Of the object store, for spans that wait; the rest is for copies that machines hold of one another's."""
+_LEASE_SECONDS = 15.0
+"""For a run that was killed to be noticed."""
+_LOOK_SECONDS = 2.0
+
+
+class RayEngine:
+    """A Ray cluster (an `engine.ClusterEngine`). Use as a context manager.
+
+    Args:
+        address: `HOST:PORT` of the cluster's head, `auto` for the one this machine belongs to, or `local`; None takes
+            `$RAY_ADDRESS`, else `auto`. No cluster is ever started but by `local`.
+
+    Raises:
+        EngineError: Ray is not installed, no cluster is there, or it has no processors.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self._ray = _import_ray()
+        self._connected = not self._ray.is_initialized()
+        if self._connected:
+            _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "auto")
+        self._remote: dict[Callable[..., Any], Any] = {}
+        self._in_flight: dict[Future[Any], Any] = {}
+        self._lock = threading.Lock()
+        self._resources: dict[str, float] = {}
+        self._nodes = 0
+        self._look_due = 0.0
+        if self.workers == 0:
+            self.close()
+            raise EngineError(
+                "the Ray cluster has no processors for tasks",
+                next_step="start a machine: ray start --address HEAD:6379",
+            )
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster; what it still does for us ends."""
+        if self._connected:
+            self._ray.shutdown()
+
+    @property
+    def workers(self) -> int:
+        """Processors of the cluster, which may come and go."""
+        self._look()
+        return int(self._resources.get("CPU", 0))
+
+    @property
+    def memory_nbytes(self) -> int:
+        self._look()
+        return int(_STORE_SHARE * self._resources.get("object_store_memory", 0))
+
+    def _look(self) -> None:
+        if time.monotonic() >= self._look_due:
+            self._resources = self._ray.cluster_resources()
+            self._nodes = sum(node["Alive"] for node in self._ray.nodes())
+            self._look_due = time.monotonic() + _LOOK_SECONDS
+
+    def share(self, value: object) -> object:
+        return self._ray.put(value)
+
+    def submit(self, task: Callable[..., T], /, *args: object) -> Future[T]:
+        return self._noted(self._remote_of(task).remote(*args))
+
+    def submit_split(self, task: Callable[..., tuple[Any, T]], /, *args: object) -> Future[tuple[object, T]]:
+        kept, rest = self._remote_of(task).options(num_returns=2).remote(*args)
+        return mapped(self._noted(rest), lambda found: (kept, found))
+
+    def _remote_of(self, task: Callable[..., Any]) -> Any:
+        if task not in self._remote:
+            self._remote[task] = self._ray.remote(num_cpus=1, max_retries=_RETRIES, retry_exceptions=False)(task)
+        return self._remote[task]
+
+    def _noted(self, reference: Any) -> Future[Any]:
+        """A future of what a reference stands for, its errors as ours."""
+        arriving: Future[Any] = reference.future()
+        settled: Future[Any] = Future()
+        with self._lock:
+            self._in_flight[settled] = reference
+
+        def settle(done: Future[Any]) -> None:
+            with self._lock:
+                self._in_flight.pop(settled, None)
+            error = done.exception()
+            if error is None:
+                settled.set_result(done.result())
+            else:
+                settled.set_exception(_meant(self._ray, error))
+
+        arriving.add_done_callback(settle)
+        return settled
+
+    @contextmanager
+    def held(self, target: str) -> Iterator[None]:
+        """Be the only run of this cluster that writes to `target`: an actor of that name lives as long as this run.
+
+        Raises:
+            DataRootError: another is at work on it.
+        """
+        name = f"writer-{hashlib.sha256(target.encode()).hexdigest()[:32]}"
+        lease = self._ray.remote(num_cpus=0, max_restarts=-1)(_Lease).options(name=name)
+        patience = time.monotonic() + _LEASE_SECONDS
+        while True:
+            try:
+                actor = lease.remote()
+                break
+            except ValueError:  # the name is taken
+                if time.monotonic() > patience:
+                    raise DataRootError(
+                        f"{target}: another tokenmill run of this Ray cluster is at work on it",
+                        next_step="wait for it, stop it, or choose another place",
+                    ) from None
+                time.sleep(1)
+        try:
+            yield
+        finally:
+            self._ray.kill(actor)
+
+    def describe(self) -> str:
+        self._look()
+        with self._lock:
+            return f"{self._nodes} nodes, {self.workers} processors, {len(self._in_flight)} tasks"
+
+    def cancel(self) -> None:
+        with self._lock:
+            references = list(self._in_flight.values())
+        for reference in references:
+            self._ray.cancel(reference, force=True)
+
+
+class _Lease:
+    """Nothing but its name."""
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise EngineError("Ray is not installed", next_step="run: pip install 'tokenmill[ray]'") from None
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EngineError(
+            f"no Ray cluster at {address}: {reason}",
+            next_step="start one (ray start --head here, ray start --address HEAD:6379 on the others), name it with "
+            "--ray-address HOST:PORT or RAY_ADDRESS, or try it on this machine with --ray-address local; "
+            "docs/cluster.md tells more",
+        ) from None
+
+
+def _meant(ray: Any, error: BaseException) -> BaseException:
+    """What a task raised, as it raised it; the cluster's own troubles as an error that says what to do."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, TokenmillError) else error
+    if isinstance(error, ray.exceptions.RayError):
+        reason = next(iter(str(error).splitlines()), "")
+        return EngineError(
+            f"the Ray cluster lost a task and could not do it again: {type(error).__name__}: {reason}",
+            next_step="look at the cluster (ray status, its logs), then run the same command again: "
+            "finished shards are kept",
+        )
+    return error

@@ -1,0 +1,151 @@
+"""Task writer: the sequence of shards of a run, each made by a task elsewhere, and the manifest after each.
+
+Collects the parts of a shard, without tokens, until it is whole; then a task gets them and references to the
+spans they point into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
+
+import numpy as np
+
+from tokenmill.engine import ClusterEngine, Kept
+from tokenmill.manifest import Count, Cursor, Manifest
+from tokenmill.pack import Block, Part
+from tokenmill.shard import tally
+from tokenmill.tasks import MadeShard, ShardPlan, Target, write_shard
+from tokenmill.tokens_file import TokensFile
+from tokenmill.writer import Recorder
+
+
+class _Making(NamedTuple):
+    made: Future[MadeShard]
+    nbytes: int
+    """Of the tokens it takes."""
+
+
+class TaskWriter:
+    """Has shards made from the parts it is handed, in order; keeps the manifest. For one thread.
+
+    Args:
+        manifest: of the data set, entered into as shards are finished.
+        engine: runs the tasks.
+        shared: the run's `tasks.Work`, as the engine shares it.
+        target: where shards go.
+        recorder: enters them.
+        tokens_file: takes over what the tasks wrote to `tokens.bin`, at the end; None where shards are files.
+        made: called with each shard that is recorded.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: ClusterEngine,
+        shared: object,
+        target: Target,
+        recorder: Recorder,
+        *,
+        tokens_file: TokensFile | None,
+        made: Callable[[MadeShard], None],
+    ) -> None:
+        self._manifest = manifest
+        self._engine, self._shared, self._target = engine, shared, target
+        self._recorder = recorder
+        self.skipped = recorder.skipped
+        self._tokens_file = tokens_file
+        self._on_made = made
+        self._parts: list[tuple[Block, Part, int]] = []
+        self._kept: dict[int, tuple[int, Kept]] = {}
+        """By the identity of what is kept: its place among the arguments of the shard's task."""
+        self._counts: list[Count] = []
+        self._making: list[_Making] = []
+        self.tokens = manifest.tokens
+        self.documents = manifest.documents
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tokens that shards in the making need."""
+        return sum(making.nbytes for making in self._making)
+
+    def begin(self) -> None:
+        """Start a run of consecutive shards."""
+        self._counts = []
+
+    def append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
+        """Take a part whose first token is at `position` and whose end is `next_cursor`."""
+        rows = block.rows(part.begin, part.end)
+        used, span = np.unique(rows.span, return_inverse=True)
+        places = np.array([self._place(block.spans[index]) for index in used.tolist()], np.int64)
+        moved = part._replace(begin=0, end=part.end - part.begin)
+        self._parts.append((rows.pointing([], places[span]), moved, position))
+        started = block.rows(part.first_start, part.end)
+        self.skipped.note(started)
+        self.tokens += part.tokens
+        self.documents += int(np.count_nonzero(started.length))
+        size, total = self._target.shard_size, self._manifest.recipe.total_tokens
+        end = (part.shard + 1) * size if total is None else min((part.shard + 1) * size, total)
+        if position + part.tokens == end:
+            self._submit(part.shard, next_cursor)
+
+    def _place(self, tokens: object) -> int:
+        assert isinstance(tokens, Kept)
+        return self._kept.setdefault(id(tokens), (len(self._kept), tokens))[0]
+
+    def append_idle(self, rows: Block) -> None:
+        """Enter rows without text into the ledger of the shard that the next token goes to."""
+        self.skipped.note(rows)
+        self._counts += tally(rows)
+
+    def end_of_corpus(self, cursor: Cursor) -> None:
+        """Finish the last shard, short as it may be."""
+        if self._parts:
+            self._submit(self._parts[0][1].shard, cursor)
+        self._manifest.tail = self._counts
+
+    def _submit(self, index: int, next_cursor: Cursor) -> None:
+        size, total = self._target.shard_size, self._manifest.recipe.total_tokens
+        tokens = size if total is None else min(size, total - index * size)
+        expected = self._manifest.expected(index)
+        plan = ShardPlan(index, tokens, self._parts, self._counts, next_cursor, expected)
+        references = [kept.reference for _, kept in self._kept.values()]
+        nbytes = sum(kept.nbytes for _, kept in self._kept.values())
+        made = self._engine.submit(write_shard, self._shared, plan, *references)
+        self._making.append(_Making(made, nbytes))
+        self._parts, self._kept, self._counts = [], {}, []
+        self.collect()
+
+    def collect(self) -> None:
+        """Record the shards that are finished."""
+        finished = [making for making in self._making if making.made.done()]
+        self._making = [making for making in self._making if making not in finished]
+        for making in finished:
+            made = making.made.result()
+            self._recorder.record(made.record)
+            self._on_made(made)
+
+    def await_one(self) -> bool:
+        """Wait until a shard in the making is finished; False if there is none."""
+        if not self._making:
+            return False
+        wait([making.made for making in self._making], return_when=FIRST_COMPLETED)
+        self.collect()
+        return True
+
+    def close(self) -> None:
+        """Wait until all is written and recorded."""
+        while self.await_one():
+            pass
+        if self._tokens_file is not None:
+            for record in self._manifest.shards:
+                begin = self._target.shard_size * record.index * self._manifest.itemsize
+                if begin >= self._tokens_file.nbytes:
+                    self._tokens_file.adopt(record.tokens * self._manifest.itemsize)
+
+    def abandon(self) -> None:
+        """Record what is finished."""
+        self._making = [making for making in self._making if making.made.done() and making.made.exception() is None]
+        self.collect()
+        self._recorder.abandon()
