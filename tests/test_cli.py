@@ -37,13 +37,14 @@ def flags(name: str) -> list[str]:
 
 def test_commands_flags_and_names_are_frozen() -> None:
     assert sorted(cli.commands) == [
-        *("consolidate", "demo", "download", "info", "pretokenize", "show", "stats", "test-shard", "upload", "verify"),
-        "where",
+        *("consolidate", "demo", "download", "info", "pretokenize", "receipts", "show", "stats", "test-shard"),
+        *("upload", "verify", "where"),
     ]
     speed = ["--num-proc", "--chunk-size", "--engine-tokenizer"]
     quiet, as_json = ["-q", "--quiet"], ["--json"]
     straight, bad = ["--consolidated", "--id-scheme"], ["--on-bad-rows"]
-    store, away = ["--endpoint-url", "--anonymous"], ["--upload-to", "--keep-local", "--dry-run"]
+    store, away = ["--endpoint-url", "--anonymous"], ["--upload-to", "--keep-local"]
+    away += ["--engine", "--ray-address", "--dry-run"]
     assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *bad, *store, *away, *quiet, *as_json]
     assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *bad, *store, *quiet]
     files = ["--include", "--exclude", "--shards"]
@@ -52,13 +53,14 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("consolidate") == [*join, *quiet, *as_json]
     deep = ["--quick", "--deep", "--dataset", "--tokenizer", *store, "--num-proc"]
     assert flags("verify") == [*deep, *quiet, *as_json]
-    assert flags("info") == flags("stats") == as_json
+    assert flags("info") == flags("stats") == flags("receipts") == as_json
     assert flags("show") == ["--sample", "--ids", *as_json]
     assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == ["--num-proc"]
     assert tokenmill.__all__ == [
-        *("Recipe", "Selection", "StoreOptions", "Summary", "TokenmillError", "buffer_order", "consolidate"),
-        *("download", "load_recipe", "pretokenize", "upload", "verify"),
+        *("EpochSampler", "Receipt", "ReceiptWriter", "Recipe", "Selection", "StoreOptions", "Summary"),
+        *("TokenDataset", "TokenmillError", "ValidatorSampler", "WindowSampler", "buffer_order", "check_receipt"),
+        *("consolidate", "download", "load_receipt", "load_recipe", "pretokenize", "upload", "verify"),
     ]
     for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time
         assert callable(getattr(tokenmill, name))

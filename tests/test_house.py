@@ -58,6 +58,7 @@ def test_each_special_dependency_has_one_home() -> None:
         "psutil": "progress.py",
         "click": "cli.py",
         "torch": "torch.py",
+        "ray": "ray.py",
     }
     for dependency, home in homes.items():
         pattern = re.compile(rf"^\s*(import|from) {dependency}\b", re.MULTILINE)

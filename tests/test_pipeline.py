@@ -25,6 +25,7 @@ from conftest import golden, shared, write_parquet
 from reference import documents, rows_in_order
 from tokenmill import errors, layout, manifest, pipeline
 from tokenmill.demo import TOKENIZER
+from tokenmill.driver import Progress
 from tokenmill.pipeline import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shard import tally
@@ -59,23 +60,27 @@ class StopError(Exception):
     """Raised in the middle of a run."""
 
 
-def stop_after(tokens: int) -> Callable[[pipeline.Progress], None]:
-    def show(progress: pipeline.Progress) -> None:
+def stop_after(tokens: int) -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
         if progress.tokens >= tokens:
             raise StopError
 
     return show
 
 
-@pytest.mark.parametrize("case", golden("shards.json"), ids=lambda case: f"seed{case['seed']}-{case['tokens']}")
-@pytest.mark.parametrize(("workers", "span_rows"), [(1, None), (2, 137), (3, None), (7, 50)])
-def test_golden_shards(tmp_path: Path, case: dict, workers: int, span_rows: int | None) -> None:
-    recipe = Recipe(
+def golden_recipe(case: dict) -> Recipe:
+    return Recipe(
         dataset=str(shared(case["corpus"])),
         tokenizer=str(shared("data/llama2-tokenizer")),
         dtype="uint16",
         **{field: case[field] for field in ("shard_size", "total_tokens", "seed", "buffer_size", "seq_len")},
     )
+
+
+@pytest.mark.parametrize("case", golden("shards.json"), ids=lambda case: f"seed{case['seed']}-{case['tokens']}")
+@pytest.mark.parametrize(("workers", "span_rows"), [(1, None), (2, 137), (3, None), (7, 50)])
+def test_golden_shards(tmp_path: Path, case: dict, workers: int, span_rows: int | None) -> None:
+    recipe = golden_recipe(case)
     summary = pretokenize(recipe, tmp_path / "out", workers=workers, span_rows=span_rows)
     assert shard_digests(tmp_path / "out") == case["shards"]
     assert summary.tokens == case["tokens"]
@@ -393,7 +398,7 @@ def test_broken_manifest_is_refused(tmp_path: Path, recipe: Recipe) -> None:
 def test_a_second_run_on_the_root_is_refused(tmp_path: Path, recipe: Recipe) -> None:
     entered, leave = threading.Event(), threading.Event()
 
-    def hold(progress: pipeline.Progress) -> None:
+    def hold(progress: Progress) -> None:
         entered.set()
         leave.wait(30)
 

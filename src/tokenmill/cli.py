@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +27,7 @@ from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 
 if TYPE_CHECKING:
+    from tokenmill.engine import ClusterEngine
     from tokenmill.pipeline import Summary
     from tokenmill.transfer import Report as TransferReport
     from tokenmill.transfer import Selection
@@ -122,7 +124,7 @@ _speed_options = [
         "workers",
         type=int,
         metavar="N",
-        help="Encode threads; 0 or less means 75% of the cores.  [all cores]",
+        help="Encode threads; 0 or less means 75% of the cores; a cluster has its own.  [all cores]",
     ),
     click.option(
         "--chunk-size", "span_rows", type=click.IntRange(1), metavar="ROWS", help="Rows encoded at once.  [by text]"
@@ -184,6 +186,18 @@ def _with(options: list[Callable[..., Any]]) -> Callable[[Callable[..., None]], 
     metavar="yes|no",
     help="Whether shards stay here once they are in --upload-to.  [yes]",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    show_default=True,
+    help="Where the work is done: here, or on a Ray cluster that is there already; the bytes are the same.",
+)
+@click.option(
+    "--ray-address",
+    metavar="auto|HOST:PORT|local",
+    help="Of the cluster's head; local starts Ray on this machine alone.  [RAY_ADDRESS, or auto]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs; make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @_json
@@ -201,6 +215,8 @@ def pretokenize(
     anonymous: bool,
     upload_to: str | None,
     keep_local: bool,
+    engine: str,
+    ray_address: str | None,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -216,7 +232,10 @@ def pretokenize(
     Examples:
       tokenmill pretokenize data/ --dataset corpus/ --tokenizer llama2/
       tokenmill pretokenize data/ --recipe my.toml --total-tokens 1000000000 --dry-run
+      tokenmill pretokenize /shared/data --dataset hf://datasets/OWNER/NAME --tokenizer llama2/ --engine ray
     """
+    if ray_address is not None and engine != "ray":
+        raise click.UsageError("--ray-address goes with --engine ray")
     resolved = load_recipe(recipe, _overrides(fields))
     shared: dict[str, Any] = {
         "workers": _cores(workers),
@@ -227,18 +246,20 @@ def pretokenize(
     if dry_run:
         _dry_run(resolved, output, as_json, keep_local=keep_local, **shared)
         return
-    summary = run(
-        resolved,
-        output,
-        span_rows=span_rows,
-        id_scheme=id_scheme,
-        on_bad_rows=on_bad_rows,
-        upload_to=upload_to,
-        keep_local=keep_local,
-        **shared,
-        quiet=quiet,
-        as_json=as_json,
-    )
+    with _cluster(engine, ray_address) as cluster:
+        summary = run(
+            resolved,
+            output,
+            span_rows=span_rows,
+            id_scheme=id_scheme,
+            on_bad_rows=on_bad_rows,
+            upload_to=upload_to,
+            keep_local=keep_local,
+            engine=cluster,
+            **shared,
+            quiet=quiet,
+            as_json=as_json,
+        )
     if summary.proof is not None and not summary.proof.passed:
         raise click.exceptions.Exit(1)
 
@@ -647,6 +668,18 @@ def _overrides(fields: dict[str, object]) -> dict[str, object]:
     if isinstance(dataset := given.get("dataset"), tuple) and len(dataset) == 1:
         given["dataset"] = dataset[0]
     return given
+
+
+@contextmanager
+def _cluster(engine: str, address: str | None) -> Iterator[ClusterEngine | None]:
+    """The cluster that is asked for, as long as it is needed; None for threads."""
+    if engine == "threads":
+        yield None
+        return
+    from tokenmill.ray import RayEngine
+
+    with RayEngine(address) as cluster:
+        yield cluster
 
 
 def _cores(workers: int | None) -> int:

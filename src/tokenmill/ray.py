@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,13 @@ _STORE_SHARE = 0.6
 _LEASE_SECONDS = 15.0
 """For a run that was killed to be noticed."""
 _LOOK_SECONDS = 2.0
+_CONNECT_SECONDS = 10.0
 
 
 class RayEngine:
     """A Ray cluster (an `engine.ClusterEngine`). Use as a context manager.
+
+    Where the program is connected to Ray already (in a job, or by its own `ray.init`), that connection is used.
 
     Args:
         address: `HOST:PORT` of the cluster's head, `auto` for the one this machine belongs to, or `local`; None takes
@@ -173,9 +177,12 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host, colon, port = address.rpartition(":")
     try:
+        if colon and port.isdecimal():  # Ray itself would go on trying for minutes
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise EngineError(
             f"no Ray cluster at {address}: {reason}",

@@ -146,6 +146,10 @@ class TaskWriter:
 
     def abandon(self) -> None:
         """Record what is finished."""
-        self._making = [making for making in self._making if making.made.done() and making.made.exception() is None]
+        self._making = [making for making in self._making if _is_made(making.made)]
         self.collect()
         self._recorder.abandon()
+
+
+def _is_made(made: Future[MadeShard]) -> bool:
+    return made.done() and not made.cancelled() and made.exception() is None

@@ -1,0 +1,367 @@
+"""The contract of engines: threads, a cluster in this process, and Ray make the same bytes and fail alike."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conftest import golden, run_cli, text, write_parquet
+from engines import PicklingEngine
+from servers import AWS, Site, moto, s3_client, serving
+from test_pipeline import StopError, every_digest, golden_recipe, shard_digests, stop_after
+from test_transfer import bucket
+from tokenmill import errors, layout, manifest, tasks
+from tokenmill.demo import TOKENIZER
+from tokenmill.driver import Progress
+from tokenmill.options import StoreOptions
+from tokenmill.pipeline import pretokenize
+from tokenmill.recipe import Recipe
+from tokenmill.source import find_corpus
+from tokenmill.verification import verify
+
+Run = Callable[..., Any]
+"""`pretokenize` on one engine."""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """Ray on this machine, its own, with a head that does no work."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'tokenmill[ray]'")
+    from ray.cluster_utils import Cluster
+
+    settings = {"object_store_memory": 150 << 20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in AWS.items():  # machines get their credentials from their own environment
+            patch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **settings})
+        cluster.add_node(num_cpus=5, object_store_memory=150 << 20)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_engine(ray_cluster: Any) -> Iterator[Any]:
+    from tokenmill.ray import RayEngine
+
+    with RayEngine(ray_cluster.address) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["threads 1", "threads 5", "cluster 1", "cluster 5", "ray"])
+def run(request: pytest.FixtureRequest) -> Run:
+    kind, _, workers = request.param.partition(" ")
+    if kind == "ray":
+        engine = request.getfixturevalue("ray_engine")
+        return lambda *args, **options: pretokenize(*args, engine=engine, **options)
+    if kind == "cluster":
+        return lambda *args, **options: pretokenize(*args, engine=PicklingEngine(int(workers)), **options)
+    return lambda *args, **options: pretokenize(*args, workers=int(workers), **options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"order": "sequential", "total_tokens": 9_001}, {"special_in_text": "text"}])
+def test_same_bytes(run: Run, recipe: Recipe, tmp_path: Path, changes: dict) -> None:
+    recipe = msgspec.structs.replace(recipe, **changes)
+    pretokenize(recipe, tmp_path / "reference", workers=1, span_rows=11)
+    summary = run(recipe, tmp_path / "root", span_rows=7)
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+    assert manifest.load(tmp_path / "root").ledger == manifest.load(tmp_path / "reference").ledger
+    assert summary.audited_documents > 0
+    assert verify(tmp_path / "root", deep=20).passed
+    assert run(recipe, tmp_path / "root").status == "already complete"
+
+
+@pytest.mark.parametrize("case", golden("shards.json")[:1], ids=lambda case: f"seed{case['seed']}")
+def test_golden_bytes(run: Run, case: dict, tmp_path: Path) -> None:
+    """Those of the original scripts on the real corpus."""
+    run(golden_recipe(case), tmp_path / "root", span_rows=137)
+    assert shard_digests(tmp_path / "root") == case["shards"]
+
+
+def test_same_bytes_in_one_file(run: Run, recipe: Recipe, tmp_path: Path) -> None:
+    pretokenize(recipe, tmp_path / "reference", workers=1, consolidated=True)
+    summary = run(recipe, tmp_path / "root", span_rows=9, consolidated=True)
+    assert summary.proof.passed
+    for name in (layout.TOKENS, layout.SAMPLE_IDS):
+        assert (tmp_path / "root" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+    assert verify(tmp_path / "root").passed
+    assert not list((tmp_path / "root").glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt", "arrow"])
+def test_same_bytes_from_formats_that_are_read_front_to_back(
+    run: Run, recipe: Recipe, tmp_path: Path, kind: str
+) -> None:
+    corpus = tmp_path / "other"
+    corpus.mkdir()
+    for number in range(3):
+        texts = [text(100 * number + i, i % 30) for i in range(40)]
+        path = corpus / f"{number}.{kind}"
+        lines = b"".join(msgspec.json.encode({"text": each}) + b"\n" for each in texts)
+        if kind == "arrow":
+            with pa.ipc.new_file(path, pa.schema({"text": pa.string()})) as writer:
+                for at in range(0, 40, 9):
+                    writer.write(pa.record_batch({"text": texts[at : at + 9]}))
+        elif kind == "txt":
+            path.write_text("\x1e".join(texts))
+        else:
+            path.write_bytes(lines if kind == "jsonl" else gzip.compress(lines))
+    separator = "\x1e" if kind == "txt" else None
+    recipe = msgspec.structs.replace(recipe, dataset=str(corpus), text_separator=separator)
+    pretokenize(recipe, tmp_path / "reference", workers=1, span_rows=11)
+    run(recipe, tmp_path / "root", span_rows=7)
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+
+
+def test_bad_rows(run: Run, recipe: Recipe, tmp_path: Path) -> None:
+    """Told alike, and left out alike."""
+    corpus = tmp_path / "other"
+    corpus.mkdir()
+    lines = [msgspec.json.encode({"text": text(i, 9)}) for i in range(60)]
+    lines[41] = b'{"text": 5}'
+    (corpus / "a.jsonl").write_bytes(b"\n".join(lines))
+    recipe = msgspec.structs.replace(recipe, dataset=str(corpus), shard_size=300)
+    with pytest.raises(errors.SourceError) as told:
+        pretokenize(recipe, tmp_path / "reference")
+    with pytest.raises(errors.SourceError) as found:
+        run(recipe, tmp_path / "root")
+    assert str(found.value) == str(told.value)
+    pretokenize(recipe, tmp_path / "reference", on_bad_rows="skip")
+    assert run(recipe, tmp_path / "root", on_bad_rows="skip").skipped_bad == 1
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+    skipped = [(tmp_path / name / layout.SKIPPED).read_bytes() for name in ("root", "reference")]
+    assert skipped[0] == skipped[1]
+
+
+def test_a_damaged_file_is_told_as_on_one_machine(run: Run, recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
+    """The same message, and what was finished stays."""
+    data = bytearray((corpus / "sub" / "c.parquet").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 400] = b"\xff" * 400
+    (corpus / "sub" / "c.parquet").write_bytes(data)
+    recipe = msgspec.structs.replace(recipe, order="sequential", shard_size=500)
+    with pytest.raises(errors.SourceError) as told:
+        pretokenize(recipe, tmp_path / "reference", workers=1, span_rows=7)
+    began = time.monotonic()
+    with pytest.raises(errors.SourceError) as found:
+        run(recipe, tmp_path / "root", span_rows=7)
+    assert type(found.value) is type(told.value)
+    assert str(found.value) == str(told.value)
+    assert time.monotonic() - began < 60
+
+
+def test_stopped_and_resumed(run: Run, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(recipe, shard_size=700)
+    pretokenize(recipe, tmp_path / "reference", workers=1)
+    for tokens in (3_000, 9_000):
+        with pytest.raises(StopError):
+            run(recipe, tmp_path / "root", show=stop_after(tokens), span_rows=5)
+    run(recipe, tmp_path / "root", span_rows=11)
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+    assert manifest.load(tmp_path / "root").ledger == manifest.load(tmp_path / "reference").ledger
+    assert not list((tmp_path / "root").glob("*.partial"))
+
+
+@pytest.mark.parametrize("first", ["threads", "cluster"])
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_another_engine_goes_on(recipe: Recipe, tmp_path: Path, first: str, consolidated: bool) -> None:
+    """Also in the middle of a file whose rows were not all counted."""
+    corpus = tmp_path / "other"
+    corpus.mkdir()
+    for number in range(3):
+        lines = [msgspec.json.encode({"text": text(100 * number + i, i % 30)}) for i in range(90)]
+        (corpus / f"{number}.jsonl").write_bytes(b"\n".join(lines))
+    recipe = msgspec.structs.replace(recipe, dataset=str(corpus), shard_size=400, buffer_size=20)
+    options: dict[str, Any] = {"consolidated": consolidated}
+    pretokenize(recipe, tmp_path / "reference", workers=1, **options)
+    engines = {"threads": None, "cluster": PicklingEngine(2)}
+    with pytest.raises(StopError):
+        pretokenize(
+            recipe, tmp_path / "root", show=stop_after(2_500), span_rows=5, engine=engines.pop(first), **options
+        )
+    pretokenize(recipe, tmp_path / "root", engine=engines.popitem()[1], span_rows=5, **options)
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+
+
+def test_shards_that_are_lost_are_made_again(run: Run, recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "root", span_rows=7)
+    whole = every_digest(tmp_path / "root")
+    for index in (1, 4):
+        (tmp_path / "root" / layout.shard_name(index)).unlink()
+    assert run(recipe, tmp_path / "root", span_rows=7).remade == [layout.shard_name(1), layout.shard_name(4)]
+    assert every_digest(tmp_path / "root") == whole
+
+
+def test_a_resume_encodes_only_what_missing_shards_need(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(recipe, buffer_size=10, shard_size=500)
+    whole, stopped, resumed = (PicklingEngine(2) for _ in range(3))
+    tokens = pretokenize(recipe, tmp_path / "reference", engine=whole, span_rows=5).tokens
+    with pytest.raises(StopError):
+        pretokenize(recipe, tmp_path / "root", engine=stopped, span_rows=5, show=stop_after(tokens * 9 // 10))
+    pretokenize(recipe, tmp_path / "root", engine=resumed, span_rows=5)
+    encoded = [sum(name == "encode_span" for name, _ in engine.done) for engine in (whole, resumed)]
+    assert 0 < encoded[1] < encoded[0] / 2
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+
+
+def test_tasks_get_what_they_need_and_no_more(recipe: Recipe, tmp_path: Path) -> None:
+    """No text and no tokens pass through the driver; a shard's task gets the spans it points into."""
+    engine = PicklingEngine(2)
+    pretokenize(recipe, tmp_path / "root", engine=engine, span_rows=20)
+    shards = [args for name, args in engine.done if name == "write_shard"]
+    assert len(shards) == len(manifest.load(tmp_path / "root").shards)
+    for _, plan, *spans in shards:
+        used = set(np.concatenate([block.span for block, _, _ in plan.parts]).tolist())
+        assert used == set(range(len(spans)))
+        assert all(block.spans == [] for block, _, _ in plan.parts)
+
+
+def test_what_waits_is_bounded(recipe: Recipe, tmp_path: Path) -> None:
+    """Slow shards hold back the encoders; less room than the shuffle needs stops nobody."""
+    texts = [random.Random(i).randbytes(400).hex() for i in range(1_500)]
+    write_parquet(tmp_path / "big" / "a.parquet", texts, row_group_size=20)
+    recipe = Recipe(dataset=str(tmp_path / "big"), tokenizer=str(TOKENIZER), buffer_size=30, shard_size=40_000)
+    peaks = {}
+    for room in (1 << 40, 400_000, 1):
+        engine = PicklingEngine(3)
+        engine.memory_nbytes = room
+        pretokenize(recipe, tmp_path / str(room), engine=engine, span_rows=20)
+        peaks[room] = engine.peak_nbytes
+        assert engine.live_nbytes == 0
+    assert peaks[400_000] < 700_000
+    assert peaks[1] <= peaks[400_000] < peaks[1 << 40] or peaks[1 << 40] < 700_000
+    assert every_digest(tmp_path / "1") == every_digest(tmp_path / str(1 << 40))
+
+
+def test_one_run_per_target(recipe: Recipe, tmp_path: Path) -> None:
+    engine = PicklingEngine(1)
+    with engine.held(str(tmp_path / "root")), pytest.raises(errors.DataRootError, match="held"):
+        pretokenize(recipe, tmp_path / "root", engine=engine)
+
+
+def test_storage_that_is_not_shared_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(PicklingEngine):
+        """Whose tasks do not see the manifest."""
+
+        def _run(self, task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            if task is tasks.write_shard:
+                (tmp_path / "root" / layout.MANIFEST).rename(tmp_path / "away")
+            return super()._run(task, args)
+
+    with pytest.raises(errors.DataRootError, match=r"every machine must see it[\s\S]*--keep-local no"):
+        pretokenize(recipe, tmp_path / "root", engine=Elsewhere(1))
+
+
+def test_other_software_on_a_machine_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = tasks._software()
+    answers = iter([ours, *[ours | {"gigatoken": "0.0.1"}] * 1_000])
+    monkeypatch.setattr(tasks, "_software", lambda: next(answers))
+    with pytest.raises(errors.EngineError, match=r"expected gigatoken 0\.10.*found 0\.0\.1"):
+        pretokenize(recipe, tmp_path / "root", engine=PicklingEngine(1))
+
+
+def test_no_credential_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tasks need of a remote corpus is pickled without keys, tokens and connections, and reads the same."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    site = Site()
+    write_parquet(tmp_path / "a.parquet", ["one", "two"])
+    site.add("owner/data", {"data/train-0.parquet": (tmp_path / "a.parquet").read_bytes()})
+    with serving(site) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        corpus = find_corpus("hf://datasets/owner/data")
+        data = pickle.dumps(corpus)
+        assert b"secret" not in data
+        source = pickle.loads(data).open(0)
+        assert source.read(next(iter(source.spans()))).array.to_pylist() == ["one", "two"]
+        corpus.location.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["cluster", "ray"])
+def test_from_a_bucket_to_a_bucket(
+    request: pytest.FixtureRequest,
+    recipe: Recipe,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: bool,
+    kind: str,
+) -> None:
+    """Read and sent by the tasks; resumed in the middle."""
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    on_ray = request.getfixturevalue("ray_engine") if kind == "ray" else None
+    pretokenize(recipe, tmp_path / "reference", workers=1)
+    with moto() as endpoint:
+        client = s3_client(endpoint)
+        for path in corpus.rglob("*.parquet"):
+            client.put_object(
+                Bucket="bucket", Key=f"corpus/{path.relative_to(corpus).as_posix()}", Body=path.read_bytes()
+            )
+        recipe = msgspec.structs.replace(recipe, dataset="s3://bucket/corpus")
+        options: dict[str, Any] = {"store": StoreOptions(endpoint), "upload_to": "s3://bucket/out", "span_rows": 20}
+        options["keep_local"] = keep
+        first, second = on_ray or PicklingEngine(2), on_ray or PicklingEngine(2)
+        with pytest.raises(StopError):
+            pretokenize(recipe, tmp_path / "root", engine=first, show=stop_after(8_000), **options)
+        pretokenize(recipe, tmp_path / "root", engine=second, **options)
+        found = bucket(endpoint, "out")
+        expected = every_digest(tmp_path / "reference")
+        assert {name: found.get(name) for name in expected} == expected
+        assert layout.MANIFEST in found
+        stays = {path.name for path in (tmp_path / "root").glob("train_*")}
+        assert bool(stays) == keep
+
+
+def test_machines_come_and_go(ray_cluster: Any, ray_engine: Any, recipe: Recipe, tmp_path: Path) -> None:
+    """One joins, then both it and the first are lost in turn, with what they held; another had joined meanwhile."""
+    recipe = msgspec.structs.replace(recipe, shard_size=500)
+    pretokenize(recipe, tmp_path / "reference", workers=1)
+    joined = [ray_cluster.add_node(num_cpus=2, object_store_memory=100 << 20)]
+    lost: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if len(lost) < 2 and progress.tokens > (2_000, 6_000)[len(lost)]:
+            lost.append(progress.tokens)
+            if len(lost) == 1:
+                joined.append(ray_cluster.add_node(num_cpus=2, object_store_memory=100 << 20))
+            ray_cluster.remove_node(joined[len(lost) - 1], allow_graceful=False)
+
+    pretokenize(recipe, tmp_path / "root", engine=ray_engine, span_rows=5, show=show)
+    assert len(lost) == 2
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+
+
+def test_a_second_run_on_ray_is_refused(
+    ray_engine: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenmill.ray._LEASE_SECONDS", 0.5)
+    target = str((tmp_path / "root").resolve())
+    with ray_engine.held(target), pytest.raises(errors.DataRootError, match="another tokenmill run of this Ray"):
+        pretokenize(recipe, tmp_path / "root", engine=ray_engine)
+    pretokenize(recipe, tmp_path / "root", engine=ray_engine)
+
+
+def test_ray_at_the_command_line(recipe: Recipe, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'tokenmill[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    flags = ["--dataset", corpus, "--tokenizer", TOKENIZER, "--buffer-size", 40, "--shard-size", 2_000, "--seed", 3]
+    result = run_cli("pretokenize", tmp_path / "none", *flags, "--engine", "ray", "--ray-address", "127.0.0.1:1")
+    assert result.returncode == 8
+    assert "no Ray cluster at 127.0.0.1:1" in result.stderr
+    assert "ray start --head" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert run_cli("pretokenize", tmp_path / "none", *flags, "--ray-address", "local").returncode == 2
+    result = run_cli("pretokenize", tmp_path / "root", *flags, "--engine", "ray", "--ray-address", "local")
+    assert result.returncode == 0, result.stderr
+    pretokenize(recipe, tmp_path / "reference", workers=1)
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
