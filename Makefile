@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-cluster check format clean
 
 demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
+	$(BIN)/python -m pip install --quiet '.[ray]'
+	$(BIN)/python -m pytest -m cluster --timeout=600 tests/test_cluster.py
 
 check: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -55,7 +55,8 @@ class Site(NamedTuple):
     """Whether more may be encoded while so many bytes wait in the window."""
     make_room: Callable[[], bool]
     """Wait until something that takes room is done; False if nothing is under way."""
-    describe: Callable[[], str]
+    describe: Callable[[int], str]
+    """The cluster, if there is one, while so many bytes wait in the window."""
 
 
 class _Reading(NamedTuple):
@@ -272,6 +273,6 @@ class Driver:
                     token // self._recipe.shard_size,
                     self._window.nbytes,
                     self._corpus.location.retrier.count,
-                    self._site.describe(),
+                    self._site.describe(self._window.nbytes),
                 )
             )

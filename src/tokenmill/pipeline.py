@@ -489,7 +489,7 @@ def _here(job: _Job, file: TokensFile | None, recorder: Recorder) -> Site:
     sends = job.destination is not None and file is None
     published = functools.partial(_send_shard, job) if sends else None
     writer = Writer(job.root, job.manifest, encoder.dtype, recorder, tokens_file=file, published=published)
-    return Site(supply, writer, _BLOCK_ROWS, engine.shutdown, lambda nbytes: True, lambda: False, lambda: "")
+    return Site(supply, writer, _BLOCK_ROWS, engine.shutdown, lambda nbytes: True, lambda: False, lambda nbytes: "")
 
 
 def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, recorder: Recorder) -> Site:
@@ -522,5 +522,5 @@ def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, record
         engine.cancel,
         lambda nbytes: nbytes + writer.nbytes <= engine.memory_nbytes,
         writer.await_one,
-        engine.describe,
+        lambda nbytes: f"{engine.describe()}, {(nbytes + writer.nbytes) / 1e9:.2f} GB of tokens in its store",
     )

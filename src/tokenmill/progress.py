@@ -48,12 +48,11 @@ class _Line:
         share = progress.tokens / expected if expected else 0.0
         left = duration((expected - progress.tokens) / rate) if rate else "?"
         memory = self._process.memory_info().rss
-        waiting = f"{progress.window_nbytes / 1e9:.2f} GB of tokens in its store"
         return (
             f"{count(progress.tokens)} tokens {share:4.0%}  {count(rate)}/s  {progress.documents:,} documents  "
             f"shard {progress.shard}  {left} left  {memory / 1e9:.2f} GB memory"
             + (f"  {progress.retries:,} retries" if progress.retries else "")
-            + (f"  {progress.cluster}, {waiting}" if progress.cluster else "")
+            + (f"  {progress.cluster}" if progress.cluster else "")
         )
 
 

@@ -76,6 +76,7 @@ class TaskWriter:
 
     def append(self, block: Block, part: Part, position: int, next_cursor: Cursor) -> None:
         """Take a part whose first token is at `position` and whose end is `next_cursor`."""
+        self.collect()
         rows = block.rows(part.begin, part.end)
         used, span = np.unique(rows.span, return_inverse=True)
         places = np.array([self._place(block.spans[index]) for index in used.tolist()], np.int64)
@@ -115,7 +116,6 @@ class TaskWriter:
         made = self._engine.submit(write_shard, self._shared, plan, *references)
         self._making.append(_Making(made, nbytes))
         self._parts, self._kept, self._counts = [], {}, []
-        self.collect()
 
     def collect(self) -> None:
         """Record the shards that are finished."""

@@ -1,0 +1,216 @@
+"""The Ray engine: speed against threads, what waits in its store, what the driver costs, and a model of large runs.
+
+    python benchmarks/cluster.py CORPUS --tokenizer DIR [--rounds 3]
+
+CORPUS is a directory of parquet files. Ray is started on this machine with as many processors as threads get; both
+are warm (a first run is not counted), rounds in turns, the median counts. Then the corpus two and four times, for what
+the object store holds; then the driver alone, on made-up lengths; last the arithmetic of 150 Gi tokens on 8 and 64
+machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenmill import Recipe, pretokenize
+from tokenmill.ray import RayEngine
+
+SHARD_SIZE = 1 << 23
+
+
+@contextmanager
+def store_peak() -> Iterator[list[float]]:
+    """The most that Ray's object store held, in MB, by its own account."""
+    import ray._private.internal_api as internal
+
+    peak, ended = [0.0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.5):
+            found = re.search(r"Plasma memory usage (\d+) MiB", internal.memory_summary(stats_only=True))
+            peak[0] = max(peak[0], float(found[1]) * 1.048576) if found else peak[0]
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def copies(corpus: Path, count: int, folder: Path) -> Path:
+    """The corpus several times, as links."""
+    target = folder / f"x{count}"
+    target.mkdir()
+    for copy in range(count):
+        for path in sorted(corpus.glob("*.parquet")):
+            (target / f"{copy}-{path.name}").symlink_to(path.resolve())
+    return target
+
+
+def throughput(corpus: Path, tokenizer: str, rounds: int) -> None:
+    workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=corpus.parent) as name, RayEngine("local") as engine:
+        folder = Path(name)
+        recipe = Recipe(dataset=str(corpus), tokenizer=tokenizer, buffer_size=2_000, shard_size=SHARD_SIZE)
+        rates: dict[str, list[float]] = {"threads": [], "ray": []}
+        for number in range(rounds + 1):
+            for way, chosen in (("threads", None), ("ray", engine)):
+                summary = pretokenize(recipe, folder / f"{way}-{number}", workers=workers, engine=chosen)
+                if number:
+                    rates[way].append(summary.tokens / summary.seconds / 1e6)
+        ratios = [b / a for a, b in zip(rates["threads"], rates["ray"], strict=True)]
+        for way, found in rates.items():
+            print(f"{way:8} {statistics.median(found):6.1f} M tokens/s  {[round(rate, 1) for rate in found]}")
+        print(f"ray is {statistics.median(ratios):.2f}x threads  {[round(ratio, 2) for ratio in ratios]}")
+        for count in (1, 2, 4):
+            larger = Recipe(
+                dataset=str(copies(corpus, count, folder)),
+                tokenizer=tokenizer,
+                buffer_size=2_000,
+                shard_size=SHARD_SIZE,
+            )
+            with store_peak() as peak:
+                summary = pretokenize(larger, folder / f"store-{count}", engine=engine)
+            rate = summary.tokens / summary.seconds / 1e6
+            print(f"x{count}: {summary.tokens / 1e6:.0f} M tokens, {rate:.1f} M tokens/s, store peak {peak[0]:.0f} MB")
+
+
+class NoEngine:
+    """A cluster that does nothing: what is left is the driver."""
+
+    workers, memory_nbytes = 64, 1 << 60
+
+    def submit(self, task: Any, /, *args: Any) -> Future[Any]:
+        from tokenmill.manifest import ShardRecord
+        from tokenmill.tasks import MadeShard, ShardPlan
+
+        plan = next(arg for arg in args if isinstance(arg, ShardPlan))
+        pickle.dumps(plan, protocol=5)  # as it would be sent
+        record = ShardRecord(plan.shard, plan.tokens, "", 0, "", plan.next_cursor, 0, [])
+        done: Future[Any] = Future()
+        done.set_result(MadeShard(record, [], 0))
+        return done
+
+
+DRIVER = "import sys; sys.path.insert(0, sys.argv[1]); import cluster; cluster.drive(int(sys.argv[2]))"
+
+
+def drive(documents: int) -> None:
+    """The driver's loop over made-up spans: 1,000 tokens a document, shards of 1 Gi tokens, a buffer of 10,000 rows."""
+    from tokenmill.driver import Driver, Site
+    from tokenmill.encode import EncodedSpan
+    from tokenmill.engine import Kept
+    from tokenmill.locations import SourceFile
+    from tokenmill.manifest import FileRecord, Manifest, TokenizerRecord
+    from tokenmill.options import StoreOptions
+    from tokenmill.source import Corpus
+    from tokenmill.spans import Span
+    from tokenmill.supply import Supplied, _PlannedFile
+    from tokenmill.task_writer import TaskWriter
+    from tokenmill.tasks import Target
+    from tokenmill.writer import Recorder
+
+    rows = 10_000
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 2_000, rows)
+    recipe = Recipe(dataset="-", tokenizer="-", dtype="uint16", buffer_size=10_000, shard_size=1 << 30)
+    files = documents // rows
+    tokenizer = TokenizerRecord("", None, "", 32_000, 2, {})
+    names = [f"part-{index:06d}.parquet" for index in range(files)]
+    manifest = Manifest(
+        recipe=recipe, fingerprint="", tokenizer=tokenizer, software={}, files=[FileRecord(n, 1) for n in names]
+    )
+
+    class Supply:
+        workers = 64
+
+        def open(self, indices: Any) -> Iterator[Any]:
+            for index in indices:
+                yield index, _PlannedFile(names[index], [Span(0, rows, 0)])
+
+        def submit(self, file: int, source: Any, span: Span) -> Future[Supplied]:
+            done: Future[Supplied] = Future()
+            encoded = EncodedSpan(np.empty(0, np.uint16), lengths.copy(), np.zeros(rows, np.uint8), 0, 0, {})
+            done.set_result(Supplied(encoded, Kept(object(), int(lengths.sum()) * 2)))
+            return done
+
+    class Location:
+        class retrier:  # noqa: N801
+            count = 0
+
+    with tempfile.TemporaryDirectory() as root:
+        target = Target(Path(root), "uint16", tuple(names), 1 << 30, False, None, StoreOptions(), True)
+        recorder = Recorder(Path(root), manifest)
+        engine = NoEngine()
+        writer = TaskWriter(manifest, engine, None, target, recorder, tokens_file=None, made=lambda made: None)
+        site = Site(Supply(), writer, 16_384, lambda: None, lambda n: True, lambda: False, lambda n: "")
+        corpus = Corpus(Location(), tuple(SourceFile(name, 1) for name in names), "text", None)
+        driver = Driver(corpus, manifest, site, first=0, end=None, show=lambda progress: None)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.process_time()
+        driver.start()
+        driver.run()
+        writer.close()
+        spent = time.process_time() - began
+        driver.close()
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    seconds = spent / documents * 1e6
+    print(f"driver: {documents / 1e6:.0f} M documents, {seconds:.2f} s a million, {grown / 1e3:.0f} MB more memory")
+
+
+def model(tokens_per_second: float, driver_us: float) -> None:
+    """150 Gi tokens, by arithmetic from rates; nothing here is measured at that scale."""
+    tokens, token_nbytes, text_nbytes, documents = 161e9, 2, 4.2, 161e6
+    print("model of 161e9 tokens (text 4.2 bytes and 1,000 tokens a document assumed):")
+    for nodes, cores, network, storage in ((8, 32, 10e9 / 8, 5e9), (64, 32, 10e9 / 8, 20e9)):
+        times = {
+            "encoding": tokens / (nodes * cores * tokens_per_second),
+            "driver": documents * driver_us / 1e6,
+            "network of each machine": (
+                tokens * (text_nbytes / 2.5 + 2 * token_nbytes * (nodes - 1) / nodes) / nodes / network
+            ),
+            "shared storage": tokens * (token_nbytes + text_nbytes / 2.5) / storage,
+        }
+        first = max(times, key=lambda name: times[name])
+        parts = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in times.items())
+        print(
+            f"  {nodes} machines of {cores} cores, 10 Gbit/s, storage {storage / 1e9:.0f} GB/s: {parts}; "
+            f"{first} saturates first"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    logging.getLogger("tokenmill").setLevel(logging.ERROR)
+    throughput(options.corpus, options.tokenizer, options.rounds)
+    for documents in (1_000_000, 4_000_000):
+        subprocess.run([sys.executable, "-c", DRIVER, Path(__file__).parent, str(documents)], check=True)
+    model(8e6, 1.0)
+
+
+if __name__ == "__main__":
+    main()
