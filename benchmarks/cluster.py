@@ -15,16 +15,14 @@ import logging
 import os
 import pickle
 import re
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +33,7 @@ from tokenmill.ray import RayEngine
 
 SHARD_SIZE = 1 << 23
 
-
-@contextmanager
-def store_peak() -> Iterator[list[float]]:
-    """The most that Ray's object store held, in MB, by its own account."""
-    import ray._private.internal_api as internal
-
-    peak, ended = [0.0], threading.Event()
-
-    def look() -> None:
-        while not ended.wait(0.5):
-            found = re.search(r"Plasma memory usage (\d+) MiB", internal.memory_summary(stats_only=True))
-            peak[0] = max(peak[0], float(found[1]) * 1.048576) if found else peak[0]
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        watcher.join()
+_IN_STORE = re.compile(r"([\d.]+) GB of tokens in its store")
 
 
 def copies(corpus: Path, count: int, folder: Path) -> Path:
@@ -67,7 +46,12 @@ def copies(corpus: Path, count: int, folder: Path) -> Path:
     return target
 
 
-def throughput(corpus: Path, tokenizer: str, rounds: int) -> None:
+def nothing() -> None:
+    pass
+
+
+def throughput(corpus: Path, tokenizer: str, rounds: int) -> tuple[float, float]:
+    """Tokens a second and core on Ray, and milliseconds a task."""
     workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=corpus.parent) as name, RayEngine("local") as engine:
         folder = Path(name)
@@ -89,10 +73,25 @@ def throughput(corpus: Path, tokenizer: str, rounds: int) -> None:
                 buffer_size=2_000,
                 shard_size=SHARD_SIZE,
             )
-            with store_peak() as peak:
-                summary = pretokenize(larger, folder / f"store-{count}", engine=engine)
+            waiting: list[float] = [0.0]
+            summary = pretokenize(
+                larger,
+                folder / f"store-{count}",
+                engine=engine,
+                show=lambda progress, waiting=waiting: waiting.append(float(_IN_STORE.search(progress.cluster)[1])),
+            )
             rate = summary.tokens / summary.seconds / 1e6
-            print(f"x{count}: {summary.tokens / 1e6:.0f} M tokens, {rate:.1f} M tokens/s, store peak {peak[0]:.0f} MB")
+            used = shutil.disk_usage("/dev/shm").used / 1e6
+            print(
+                f"x{count}: {summary.tokens / 1e6:.0f} M tokens, {rate:.1f} M tokens/s; waited at most: "
+                f"{max(waiting) * 1e3:.0f} MB; memory the store has ever touched: {used:.0f} MB"
+            )
+        began = time.perf_counter()
+        for future in [engine.submit(nothing) for _ in range(2_000)]:
+            future.result()
+        task_ms = (time.perf_counter() - began) / 2_000 * 1e3
+        print(f"a task that does nothing: {task_ms:.2f} ms")
+    return statistics.median(rates["ray"]) * 1e6 / workers, task_ms
 
 
 class NoEngine:
@@ -166,37 +165,35 @@ def drive(documents: int) -> None:
         site = Site(Supply(), writer, 16_384, lambda: None, lambda n: True, lambda: False, lambda n: "")
         corpus = Corpus(Location(), tuple(SourceFile(name, 1) for name in names), "text", None)
         driver = Driver(corpus, manifest, site, first=0, end=None, show=lambda progress: None)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
         driver.start()
         driver.run()
         writer.close()
         spent = time.process_time() - began
         driver.close()
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     seconds = spent / documents * 1e6
-    print(f"driver: {documents / 1e6:.0f} M documents, {seconds:.2f} s a million, {grown / 1e3:.0f} MB more memory")
+    print(f"{documents / 1e6:.0f} M documents: {seconds:.2f} s a million, {peak / 1e3:.0f} MB of memory")
 
 
-def model(tokens_per_second: float, driver_us: float) -> None:
+def model(core_rate: float, task_ms: float, document_us: float) -> None:
     """150 Gi tokens, by arithmetic from rates; nothing here is measured at that scale."""
-    tokens, token_nbytes, text_nbytes, documents = 161e9, 2, 4.2, 161e6
-    print("model of 161e9 tokens (text 4.2 bytes and 1,000 tokens a document assumed):")
-    for nodes, cores, network, storage in ((8, 32, 10e9 / 8, 5e9), (64, 32, 10e9 / 8, 20e9)):
-        times = {
-            "encoding": tokens / (nodes * cores * tokens_per_second),
-            "driver": documents * driver_us / 1e6,
-            "network of each machine": (
-                tokens * (text_nbytes / 2.5 + 2 * token_nbytes * (nodes - 1) / nodes) / nodes / network
-            ),
-            "shared storage": tokens * (token_nbytes + text_nbytes / 2.5) / storage,
+    tokens, token_nbytes, source_nbytes, documents, span_rows = 161e9, 2, 1.7, 161e6, 1e4
+    print(
+        "model, not measured: 161e9 tokens, 1,000 a document, 1.7 bytes of parquet a token, machines of 32 cores "
+        "with 10 Gbit/s"
+    )
+    for machines, storage in ((8, 5e9), (64, 20e9)):
+        crossing = source_nbytes + token_nbytes * (machines - 1) / machines + token_nbytes
+        minutes = {
+            "encoding": tokens / (machines * 32 * core_rate) / 60,
+            "the driver": (documents * document_us / 1e6 + documents / span_rows * 2 * task_ms / 1e3) / 60,
+            "each machine's network": tokens * crossing / machines / (10e9 / 8) / 60,
+            f"shared storage at {storage / 1e9:.0f} GB/s": tokens * (token_nbytes + source_nbytes) / storage / 60,
         }
-        first = max(times, key=lambda name: times[name])
-        parts = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in times.items())
-        print(
-            f"  {nodes} machines of {cores} cores, 10 Gbit/s, storage {storage / 1e9:.0f} GB/s: {parts}; "
-            f"{first} saturates first"
-        )
+        longest = max(minutes, key=lambda name: minutes[name])
+        parts = ", ".join(f"{name} {each:.1f} min" for name, each in minutes.items())
+        print(f"  {machines} machines: {parts}; first to saturate: {longest}")
 
 
 def main() -> None:
@@ -206,10 +203,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     logging.getLogger("tokenmill").setLevel(logging.ERROR)
-    throughput(options.corpus, options.tokenizer, options.rounds)
+    core_rate, task_ms = throughput(options.corpus, options.tokenizer, options.rounds)
     for documents in (1_000_000, 4_000_000):
-        subprocess.run([sys.executable, "-c", DRIVER, Path(__file__).parent, str(documents)], check=True)
-    model(8e6, 1.0)
+        program = [sys.executable, "-c", DRIVER, Path(__file__).parent, str(documents)]
+        line = subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
+        print(f"driver: {line}")
+    model(core_rate, task_ms, float(line.split()[3]))
 
 
 if __name__ == "__main__":
