@@ -177,18 +177,20 @@ class ValidatorSampler(_Sampler, frozen=True, tag="validator"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("uid", self.uid, 0, None)
-        _check_range("window", self.window, 0, None)
-        _check_range("samples", self.samples, 1, self.dataset_len)
+        _ = self._miner  # checks what is the miner's
         _check_range("validation_samples", self.validation_samples, 1, self.samples)
         _check_range("seed", self.seed, 0, None)
+
+    @property
+    def _miner(self) -> WindowSampler:
+        return WindowSampler(self.dataset_len, self.uid, self.window, self.samples)
 
     @property
     def _total(self) -> int:
         return self.validation_samples
 
     def _at(self, begin: int, end: int, step: int) -> SampleIndices:
-        pool = window_pool(self.dataset_len, self.uid, self.window, self.samples)
+        pool = self._miner.indices()
         chosen = np.random.default_rng(self.seed).choice(pool, self.validation_samples, replace=False)
         return chosen[begin:end:step]
 
