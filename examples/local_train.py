@@ -97,6 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, help="default: the manifest's, or 65536")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint"), help="directory")
@@ -168,14 +169,17 @@ def main() -> None:
     if options.data_root:
         os.environ["DATASET_BINS_PATH"] = options.data_root
     dataset = SharedShardedDataset(options.drop_in, world.rank, world.size) if options.drop_in else TokenDataset()
+    if len(dataset) < options.batch:
+        raise SystemExit(f"--batch {options.batch}: the data set has {len(dataset)} samples")
     torch.manual_seed(options.seed)  # the same initial model everywhere
-    model = Llama(dataset.data.vocab_size or 1 << 16, options.width, options.layers, options.heads).to(world.device)
+    vocab_size = options.vocab_size or dataset.data.vocab_size or 1 << 16
+    model = Llama(vocab_size, options.width, options.layers, options.heads).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.95), fused=True)
     state = State(model, optimizer)
     state.load(options.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     world.say(f"{dataset.data}: {millions:.1f} M parameters, {world.size} ranks, goes on from step {state.step}")
-    world.say(f"knowing no more than how frequent each token is would be loss {unigram_loss(dataset):.4f}")
+    world.say(f"knowing no more than how frequent each token is would be loss {unigram_loss(dataset, vocab_size):.4f}")
     train(state, dataset, options, world)
     if world.size > 1:
         dist.destroy_process_group()
@@ -238,9 +242,9 @@ def batches(
         samples = (epoch + 1) * len(dataset)
 
 
-def unigram_loss(dataset: TokenDataset) -> float:
+def unigram_loss(dataset: TokenDataset, vocab_size: int) -> float:
     """Entropy of the tokens' frequencies in nats: what a model reaches that knows those and no more."""
-    counts = np.zeros(1 << 16, np.int64)
+    counts = np.zeros(vocab_size, np.int64)
     for begin in range(0, min(len(dataset), 1 << 14), 1 << 10):
         counts += np.bincount(dataset.data[begin : begin + (1 << 10)].ravel(), minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()

@@ -73,7 +73,7 @@ class _Reference:
     def __init__(self, engine: PicklingEngine, value: object) -> None:
         self._engine = engine
         self._data = pickle.dumps(value)
-        self._nbytes = 0 if isinstance(value, tasks.Work) else len(self._data)
+        self._nbytes = 0 if isinstance(value, tasks.PackedWork) else len(self._data)
         engine.note(self._nbytes)
 
     def load(self) -> object:

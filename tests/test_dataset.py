@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -176,6 +177,22 @@ def test_another_seq_len_dtype_or_tokenizer_is_refused(consolidated: Path, shard
         ):
             with pytest.raises(errors.DataRootError, match=found):
                 TokenDataset(root, **wrong)
+
+
+def test_arguments_that_nothing_could_have(consolidated: Path) -> None:
+    for wrong in ({"seq_len": 0}, {"seq_len": -16}, {"dtype": "float16"}, {"dtype": "u16"}):
+        with pytest.raises(ValueError, match="expected"):
+            TokenDataset(consolidated, **wrong)
+
+
+def test_threads_may_ask_for_documents(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.documents._STARTS_NBYTES", 1)
+    dataset = TokenDataset(shards)
+    expected = [dataset.document_bounds(i).tolist() for i in range(len(dataset))]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(lambda i: dataset.document_bounds(i).tolist(), range(len(dataset)))
+            assert list(found) == expected
 
 
 def test_what_is_not_recorded_must_be_told(consolidated: Path, shards: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,20 +251,142 @@ def test_one_run_per_target(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_storage_that_is_not_shared_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere(PicklingEngine):
-        """Whose tasks do not see the manifest."""
+    """A directory that is not there, that is another, and one whose files nobody else sees."""
 
-        def _run(self, task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-            if task is tasks.write_shard:
-                (tmp_path / "root" / layout.MANIFEST).rename(tmp_path / "away")
-            return super()._run(task, args)
+    def hide(task: str, done: bool) -> None:
+        if task == "write_shard" and not done:
+            (tmp_path / "root" / layout.RUN).write_text("another run's")
 
     with pytest.raises(errors.DataRootError, match=r"every machine must see it[\s\S]*--keep-local no"):
-        pretokenize(recipe, tmp_path / "root", engine=Elsewhere(1))
+        pretokenize(recipe, tmp_path / "root", engine=Meddled(hide))
+
+    def lose(task: str, done: bool) -> None:
+        if task == "write_shard" and done:
+            (tmp_path / "other" / layout.shard_name(1)).unlink(missing_ok=True)
+
+    monkeypatch.setattr("tokenmill.task_writer._VISIBLE_SECONDS", 0.1)
+    with pytest.raises(errors.DataRootError, match=r"train_000001.npy: expected \d+ bytes.*found no such file"):
+        pretokenize(recipe, tmp_path / "other", engine=Meddled(lose))
+    pretokenize(recipe, tmp_path / "other", engine=PicklingEngine(2))
+    pretokenize(recipe, tmp_path / "reference", workers=1)
+    assert every_digest(tmp_path / "other") == every_digest(tmp_path / "reference")
+
+
+class Meddled(PicklingEngine):
+    """Something happens before and after every task: `meddle(name, done)`."""
+
+    def __init__(self, meddle: Callable[[str, bool], None]) -> None:
+        super().__init__(1)
+        self._meddle = meddle
+
+    def _run(self, task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self._meddle(task.__name__, False)
+        found = super()._run(task, args)
+        self._meddle(task.__name__, True)
+        return found
+
+
+def test_a_range_of_the_one_file_that_is_another_is_found(recipe: Recipe, tmp_path: Path) -> None:
+    """A machine wrote somewhere else, or over its neighbour: nothing is published, and the next run mends it."""
+    partial = tmp_path / "root" / (layout.TOKENS + layout.PARTIAL_SUFFIX)
+    written: list[str] = []
+
+    def meddle(task: str, done: bool) -> None:
+        if task == "write_shard" and done:
+            written.append(task)
+            if len(written) == 4:
+                with partial.open("r+b") as file:
+                    file.seek(2 * recipe.shard_size + 100)
+                    file.write(bytes(500))
+
+    with pytest.raises(errors.DataRootError, match="shard 1 is not what was written there"):
+        pretokenize(recipe, tmp_path / "root", engine=Meddled(meddle), consolidated=True)
+    assert not (tmp_path / "root" / layout.TOKENS).exists()
+    again = PicklingEngine(2)
+    summary = pretokenize(recipe, tmp_path / "root", engine=again, consolidated=True)
+    assert summary.remade == [layout.shard_name(1)]
+    assert sum(name == "write_shard" for name, _ in again.done) == 1  # those behind it stayed
+    pretokenize(recipe, tmp_path / "reference", workers=1, consolidated=True)
+    for name in (layout.TOKENS, layout.SAMPLE_IDS):
+        assert (tmp_path / "root" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["replaced", "grown", "other time"])
+def test_a_file_that_changes_under_the_tasks_is_told(recipe: Recipe, tmp_path: Path, how: str) -> None:
+    corpus = tmp_path / "other"
+    corpus.mkdir()
+    path = corpus / "a.jsonl"
+    lines = [msgspec.json.encode({"text": text(i, 20)}) for i in range(200)]
+    path.write_bytes(b"\n".join(lines))
+
+    def meddle(task: str, done: bool) -> None:
+        if task == "plan_file" and done:
+            if how == "replaced":
+                path.write_bytes(b"\n".join(reversed(lines)))
+            elif how == "grown":
+                path.write_bytes(b"\n".join(lines * 2))
+            else:
+                os.utime(path, ns=(0, 0))
+
+    recipe = msgspec.structs.replace(recipe, dataset=str(corpus))
+    with pytest.raises(errors.SourceChangedError, match=r"a\.jsonl: on .* it is not the file that was listed"):
+        pretokenize(recipe, tmp_path / "root", engine=Meddled(meddle))
+
+
+def test_a_shard_that_fails_takes_none_with_it(recipe: Recipe, tmp_path: Path) -> None:
+    """What is finished beside it is recorded, and not made again."""
+    recipe = msgspec.structs.replace(recipe, shard_size=500)
+
+    class Failing(PicklingEngine):
+        def _run(self, task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            if task is tasks.write_shard and args[1].shard == 2:
+                time.sleep(1)
+                raise errors.StorageError("a disk is full", next_step="make room")
+            return super()._run(task, args)
+
+    with pytest.raises(errors.StorageError, match="a disk is full"):
+        pretokenize(recipe, tmp_path / "root", engine=Failing(4), span_rows=20)
+    there = {path.name for path in (tmp_path / "root").glob("train_*.npy")}
+    recorded = {layout.shard_name(shard.index) for shard in manifest.load(tmp_path / "root").shards}
+    assert recorded == there
+    assert len(recorded) > 4
+
+
+def test_other_software_on_a_machine_of_ray_is_told(
+    ray_engine: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tasks._software()
+    monkeypatch.setattr(tasks, "_software", lambda: ours | {"gigatoken": "0.0.1"})
+    with pytest.raises(errors.EngineError, match=r"expected gigatoken 0\.0\.1 .* found 0\.10"):
+        pretokenize(recipe, tmp_path / "root", engine=ray_engine)
+
+
+def test_what_killed_tasks_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / f"tokenmill-task-{process.pid}-x").mkdir()
+    (tmp_path / f"tokenmill-task-{os.getpid()}-x").mkdir()
+    tasks._sweep()
+    assert [path.name for path in tmp_path.iterdir()] == [f"tokenmill-task-{os.getpid()}-x"]
+
+
+def test_tasks_of_long_documents_have_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_SPAN_TEXT_NBYTES", 10_000)
+    write_parquet(tmp_path / "c" / "a.parquet", [random.Random(i).randbytes(500).hex() for i in range(300)])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), buffer_size=20, shard_size=10_000)
+    engine = PicklingEngine(1)
+    pretokenize(recipe, tmp_path / "root", engine=engine)
+    spans = [args[2].rows for name, args in engine.done if name == "encode_span"]
+    assert sum(spans) == 300
+    assert max(spans) <= 10
+    pretokenize(recipe, tmp_path / "reference")
+    assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
 
 
 def test_other_software_on_a_machine_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = tasks._software()
+    tasks._unpacked.clear()
     answers = iter([ours, *[ours | {"gigatoken": "0.0.1"}] * 1_000])
     monkeypatch.setattr(tasks, "_software", lambda: next(answers))
     with pytest.raises(errors.EngineError, match=r"expected gigatoken 0\.10.*found 0\.0\.1"):
@@ -360,6 +485,8 @@ def test_ray_at_the_command_line(recipe: Recipe, corpus: Path, tmp_path: Path, m
     assert "no Ray cluster at 127.0.0.1:1" in result.stderr
     assert "ray start --head" in result.stderr
     assert "Traceback" not in result.stderr
+    result = run_cli("pretokenize", tmp_path / "none", *flags, "--engine", "ray", "--ray-address", "ray://h:10001")
+    assert (result.returncode, "expected HOST:PORT" in result.stderr) == (8, True)
     assert run_cli("pretokenize", tmp_path / "none", *flags, "--ray-address", "local").returncode == 2
     result = run_cli("pretokenize", tmp_path / "root", *flags, "--engine", "ray", "--ray-address", "local")
     assert result.returncode == 0, result.stderr

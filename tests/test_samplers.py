@@ -53,6 +53,7 @@ def test_a_validator_judges_with_what_the_miner_trained_on() -> None:
     validator = ValidatorSampler(10_000, 3, 8, 512, 32, seed=77)
     assert len(set(validator)) == len(validator) == 32
     assert set(validator) <= set(miner)
+    assert list(validator) == np.random.default_rng(77).choice(miner.indices(), 32, replace=False).tolist()
     assert list(validator) == list(ValidatorSampler(10_000, 3, 8, 512, 32, seed=77))
     assert list(validator) != list(ValidatorSampler(10_000, 3, 8, 512, 32, seed=78))
     ranks = [ValidatorSampler(10_000, 3, 8, 512, 32, 77, rank, 5) for rank in range(5)]

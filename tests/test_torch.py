@@ -69,6 +69,18 @@ def test_samples_have_memory_of_their_own(root: Path) -> None:
     assert np.array_equal(dataset[3].numpy(), plain[3])
 
 
+def test_a_dtype_that_does_not_hold_the_tokens_is_refused(root: Path, consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert TokenDataset(root, dtype=torch.int16)[3].tolist() == NumPyDataset(root)[3].tolist()  # 4,096 ids
+    bare = without_records(consolidated, tmp_path / "bare")
+    for where, told, dtype in (
+        (root, {}, torch.uint8),
+        (root, {}, torch.float32),
+        (bare, {"seq_len": SEQ_LEN, "stored_dtype": "uint16"}, torch.int16),
+    ):
+        with pytest.raises(ValueError, match="does not hold token ids"):
+            TokenDataset(where, dtype=dtype, **told)
+
+
 def test_pickles(root: Path) -> None:
     dataset = TokenDataset(root, dtype=None)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[5], dataset[5])

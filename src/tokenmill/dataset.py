@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ class TokenDataset:
     Raises:
         DataRootError: not a finished data set, a file of another size than recorded, or another `seq_len`,
             `dtype` or tokenizer than asked for.
+        ValueError: an argument that nothing could have.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class TokenDataset:
         tokenizer_sha256: str | None = None,
     ) -> None:
         self.root = _located(root)
+        if seq_len is not None and seq_len < 1:
+            raise ValueError(f"seq_len: expected 1 or more, found {seq_len}")
+        if dtype not in (None, *get_args(layout.DTypeName)):
+            raise ValueError(f"dtype: expected one of {', '.join(get_args(layout.DTypeName))}, found {dtype!r}")
         asked = _Asked(seq_len, dtype, tokenizer_sha256)
         self._arguments = {"root": self.root, **asked._asdict()}
         found = DataRoot(self.root, manifests.load(self.root), manifests.load_consolidated(self.root))
@@ -241,7 +246,7 @@ def _open_recorded(found: DataRoot, asked: _Asked) -> _Opened:
         )
     stream = found.tokens()
     _expect(root, "samples of", asked.seq_len, found.seq_len, "consolidate the shards with that --seq-len")
-    _expect(root, "tokens of", asked.dtype, stream.dtype.name, "leave dtype out: it is recorded")
+    _expect(root, "tokens of", asked.dtype, stream.dtype.name, f"give {stream.dtype.name}, or none: it is recorded")
     if asked.tokenizer_sha256 is not None:
         sha256 = manifest.tokenizer.sha256 if manifest else f"no {layout.MANIFEST} to tell"
         step = "train with the tokenizer that made the data, or give the data root that was made with this one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class DocumentIndex:
         self._shard_size = manifest.recipe.shard_size
         self._read: tuple[int, pa.Table] | None = None
         self._starts: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
 
     def between(self, begin: int, end: int) -> list[Document]:
         """The documents that hold tokens `begin` to `end`, in order."""
@@ -83,13 +85,14 @@ class DocumentIndex:
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
 
     def _starts_of(self, shard: int) -> NDArray[np.int64]:
-        starts = self._starts.pop(shard, None)
-        if starts is None:
-            starts = self._table(shard, columns=["start"])["start"].to_numpy()
-        self._starts[shard] = starts  # the last of a dict is the one used last
-        while len(self._starts) > 1 and sum(each.nbytes for each in self._starts.values()) > _STARTS_NBYTES:
-            del self._starts[next(iter(self._starts))]
-        return starts
+        with self._lock:
+            starts = self._starts.pop(shard, None)
+            if starts is None:
+                starts = self._table(shard, columns=["start"])["start"].to_numpy()
+            self._starts[shard] = starts  # the last of a dict is the one used last
+            while len(self._starts) > 1 and sum(each.nbytes for each in self._starts.values()) > _STARTS_NBYTES:
+                del self._starts[next(iter(self._starts))]
+            return starts
 
     def of_row(self, source: str, row: int) -> Document | None:
         """The document that a source row became; None if it became none."""

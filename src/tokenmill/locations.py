@@ -11,6 +11,7 @@ import glob
 import itertools
 import os
 import re
+import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from tokenmill.errors import SourceChangedError, SourceError, StorageError
 from tokenmill.options import StoreOptions
 from tokenmill.ranges import RemoteFile
 from tokenmill.retry import AnswerError, Retrier, asked
+from tokenmill.spans import gone
 from tokenmill.train_split import matching, train_files
 
 T = TypeVar("T")
@@ -69,6 +71,14 @@ class Location(Protocol):
 
     def open(self, file: SourceFile, planned: Iterable[tuple[int, int]] = ()) -> Path | RemoteFile:
         """What Arrow opens: a local path, or a remote file that fetches `planned` stretches ahead."""
+        ...
+
+    def require_unchanged(self, file: SourceFile) -> None:
+        """A file must be the one that was listed, also on another machine; a remote one is held to that as it is read.
+
+        Raises:
+            SourceChangedError: it is not.
+        """
         ...
 
     def close(self) -> None:
@@ -177,6 +187,8 @@ class _LocalFiles:
 
     def __init__(self, patterns: list[str]) -> None:
         self.retrier = Retrier()
+        self._mtimes: dict[str, int] = {}
+        """In ns, as listed."""
         self.root, self._paths = self._expand(patterns)
         self.name = str(self.root)
 
@@ -184,10 +196,25 @@ class _LocalFiles:
         found = []
         for name in sorted({path.relative_to(self.root).as_posix() for path in self._paths}):
             try:
-                found.append(SourceFile(name, (self.root / name).stat().st_size))
+                stat = (self.root / name).stat()
             except OSError as error:
                 raise SourceError(f"{self.root / name}: {error.strerror}", next_step=MEND) from None
+            found.append(SourceFile(name, stat.st_size))
+            self._mtimes[name] = stat.st_mtime_ns
         return found
+
+    def require_unchanged(self, file: SourceFile) -> None:
+        path, expected = self.root / file.path, (file.nbytes, self._mtimes[file.path])
+        try:
+            stat = path.stat()
+        except OSError:
+            raise gone(str(path)) from None
+        if (stat.st_size, stat.st_mtime_ns) != expected:
+            raise SourceChangedError(
+                f"{path}: on {socket.gethostname()} it is not the file that was listed: expected {expected[0]} bytes "
+                f"of time {expected[1]}, found {stat.st_size} of {stat.st_mtime_ns}",
+                next_step="every machine must see the same files, and nothing may change them while the run goes on",
+            )
 
     def open(self, file: SourceFile, planned: Iterable[tuple[int, int]] = ()) -> Path:
         return self.root / file.path
@@ -240,6 +267,9 @@ class _Remote:
     def __init__(self) -> None:
         self.connect()
 
+    def require_unchanged(self, file: SourceFile) -> None:
+        """Every range is compared as it is read."""
+
     def connect(self) -> None:
         """Make what is this process's own, credentials from its environment included."""
         from tokenmill.http import CONNECTIONS, HttpClient  # costs what a local corpus need not pay
@@ -249,7 +279,7 @@ class _Remote:
         self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
 
     def __getstate__(self) -> dict[str, object]:
-        """What another process needs to read the same files: no connection, and no credential."""
+        """What another process needs to read the same files: no connection, and no credential but those in URLs."""
         return {name: value for name, value in self.__dict__.items() if name not in self.own}
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -54,8 +55,6 @@ SHARDS_PASSING = 5
 _BLOCK_ROWS = 256
 """Rows handed to the writer at once: about a megabyte of tokens, also when the shuffle's buffer is emptied."""
 
-CLUSTER_SPAN_ROWS = 10_000
-"""A task on a cluster costs a few milliseconds, and an object in its store, so tasks are larger there."""
 _CLUSTER_BLOCK_ROWS = 16_384
 """Only their lengths are here."""
 
@@ -213,7 +212,7 @@ def pretokenize(
     root = Path(root)
     storage.make_root(root)
     if engine is not None:
-        workers, span_rows = engine.workers, span_rows or CLUSTER_SPAN_ROWS
+        workers = engine.workers
     workload = Workload(workers or available_cores(), span_rows, on_bad_rows)
     with storage.held(root), _held(engine, root, upload_to):
         begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
@@ -321,8 +320,9 @@ def _pretokenize_consolidated(
     reopen(root)
     audited, status = 0, "already complete"
     with TokensFile(root, wanted) as file:
-        remade = set_lost_aside(root, manifest, file)
-        file.begin(None)
+        remade = set_lost_aside(root, manifest, file, with_gaps=job.engine is not None)
+        if job.engine is None:  # else the tasks write wherever a shard is missing
+            file.begin(None)
         done = manifest.tokens
         if remade or not manifest.complete:
             audited, status = _make(job, file, show, begin), "complete"
@@ -375,7 +375,8 @@ def _check(job: _Job) -> Preflight:
     """What must hold before a byte is written; then the data root is ours."""
     agree_on_probe(job.root, job.manifest, job.prepared.encoder)
     figures = preflight(*job.prepared, job.root, workers=job.workload.workers, done_tokens=job.manifest.tokens)
-    check_disk(figures, job.root, shards_at_once=None if _stays(job) else SHARDS_PASSING)
+    if job.engine is None or _stays(job):  # else nothing comes here but the manifest
+        check_disk(figures, job.root, shards_at_once=None if _stays(job) else SHARDS_PASSING)
     job.manifest.software = _software(job.prepared.encoder)
     manifests.save(job.root, job.manifest)
     return figures
@@ -504,9 +505,11 @@ def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, record
         upload_to=job.destination.url if job.destination is not None and sends else None,
         store=job.store,
         keep_local=_stays(job),
+        run=uuid.uuid4().hex,
     )
+    storage.write_whole(job.root / layout.RUN, target.run.encode())
     work = Work(corpus, encoder, job.workload.on_bad_rows, job.workload.span_rows, target)
-    shared = engine.share(work)
+    shared = engine.share(work.packed())
 
     def made(shard: MadeShard) -> None:
         corpus.location.retrier.count += shard.retries
@@ -519,8 +522,13 @@ def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, record
         TaskSupply(work, shared, engine),
         writer,
         _CLUSTER_BLOCK_ROWS,
-        engine.cancel,
+        lambda: _leave(engine, job.root),
         lambda nbytes: nbytes + writer.nbytes <= engine.memory_nbytes,
         writer.await_one,
         lambda nbytes: f"{engine.describe()}, {(nbytes + writer.nbytes) / 1e9:.2f} GB of tokens in its store",
     )
+
+
+def _leave(engine: ClusterEngine, root: Path) -> None:
+    engine.cancel()
+    (root / layout.RUN).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -87,8 +88,11 @@ class RayEngine:
 
     def _look(self) -> None:
         if time.monotonic() >= self._look_due:
-            self._resources = self._ray.cluster_resources()
-            self._nodes = sum(node["Alive"] for node in self._ray.nodes())
+            try:
+                self._resources = self._ray.cluster_resources()
+                self._nodes = sum(node["Alive"] for node in self._ray.nodes())
+            except self._ray.exceptions.RayError as error:
+                raise _meant(self._ray, error) from None
             self._look_due = time.monotonic() + _LOOK_SECONDS
 
     def share(self, value: object) -> object:
@@ -133,7 +137,7 @@ class RayEngine:
             DataRootError: another is at work on it.
         """
         name = f"writer-{hashlib.sha256(target.encode()).hexdigest()[:32]}"
-        lease = self._ray.remote(num_cpus=0, max_restarts=-1)(_Lease).options(name=name)
+        lease = self._ray.remote(num_cpus=0, max_restarts=-1)(_Lease).options(name=name, namespace=_NAMESPACE)
         patience = time.monotonic() + _LEASE_SECONDS
         while True:
             try:
@@ -149,7 +153,8 @@ class RayEngine:
         try:
             yield
         finally:
-            self._ray.kill(actor)
+            with contextlib.suppress(self._ray.exceptions.RayError):  # it went with its cluster
+                self._ray.kill(actor)
 
     def describe(self) -> str:
         self._look()
@@ -177,6 +182,11 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "://" in address:
+        raise EngineError(
+            f"{address}: expected HOST:PORT, auto or local",
+            next_step="give the address of the head's own port, for example HEAD:6379; a Ray job needs none",
+        )
     host, colon, port = address.rpartition(":")
     try:
         if colon and port.isdecimal():  # Ray itself would go on trying for minutes
@@ -200,8 +210,8 @@ def _meant(ray: Any, error: BaseException) -> BaseException:
     if isinstance(error, ray.exceptions.RayError):
         reason = next(iter(str(error).splitlines()), "")
         return EngineError(
-            f"the Ray cluster lost a task and could not do it again: {type(error).__name__}: {reason}",
-            next_step="look at the cluster (ray status, its logs), then run the same command again: "
-            "finished shards are kept",
+            f"the Ray cluster failed: {type(error).__name__}: {reason}",
+            next_step="look at the cluster (ray status, its logs; if memory ran out, a smaller --chunk-size), then run "
+            "the same command again: finished shards are kept",
         )
     return error

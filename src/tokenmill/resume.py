@@ -134,27 +134,30 @@ def consumed(root: Path) -> Consolidated | None:
     return record
 
 
-def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile) -> list[str]:
+def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile, *, with_gaps: bool) -> list[str]:
     """Let `file` adopt the shards the manifest records, as far as it holds them; the names of the others.
 
-    Their records move to `damaged`.
+    Their records move to `damaged`. `with_gaps` keeps those behind a missing one, too, for a run that can fill gaps.
     """
     records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
-    for index, record in enumerate(records):
+    lost: list[ShardRecord] = []
+    for record in records:
+        begin = record.index * manifest.recipe.shard_size * manifest.itemsize
         nbytes = record.tokens * manifest.itemsize
         header = layout.npy_header(layout.token_dtype(manifest.recipe.dtype), record.tokens)
         documents = root / layout.documents_name(record.index)
         if (
-            record.index != index
-            or file.stored_nbytes < file.nbytes + nbytes
-            or file.digest(header, nbytes) != record.sha256
+            (begin != file.nbytes and not with_gaps)
+            or file.stored_nbytes < begin + nbytes
+            or file.digest(header, nbytes, at=begin) != record.sha256
             or not documents.is_file()
             or _sha256(documents) != record.documents_sha256
         ):
-            break
-        file.adopt(nbytes)
+            lost.append(record)
+            continue
+        if begin == file.nbytes:
+            file.adopt(nbytes)
         manifest.add(record)
-    lost = records[len(manifest.shards) :]
     manifest.damaged.extend(lost)
     names = [layout.shard_name(record.index) for record in lost]
     for name in names:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 _CHUNK = 1 << 12
 _ROUNDS = 8
+_MOST_SAMPLES = 1 << 62
 
 SampleIndices: TypeAlias = NDArray[np.int64]
 
@@ -73,7 +74,8 @@ class EpochSampler(_Sampler, frozen=True, tag="epoch"):
 
     To resume, one integer is enough, the samples trained on so far by all ranks together:
     `epoch, start = divmod(samples, dataset_len)`. Count what was trained on, not what a loader asked for:
-    it asks ahead.
+    it asks ahead. Where the end of an epoch fills no batch, count it as done: go on at
+    `samples = (epoch + 1) * dataset_len`.
 
     Args:
         dataset_len: samples of the data set.
@@ -96,7 +98,7 @@ class EpochSampler(_Sampler, frozen=True, tag="epoch"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("dataset_len", self.dataset_len, 1, 1 << 62)
+        _check_range("dataset_len", self.dataset_len, 1, _MOST_SAMPLES)
         _check_range("start", self.start, 0, self.dataset_len)
         _check_range("epoch", self.epoch, 0, None)
 
@@ -138,6 +140,7 @@ class WindowSampler(_Sampler, frozen=True, tag="window"):
         super().__post_init__()
         _check_range("uid", self.uid, 0, None)
         _check_range("window", self.window, 0, None)
+        _check_range("dataset_len", self.dataset_len, 1, _MOST_SAMPLES)
         _check_range("samples", self.samples, 1, self.dataset_len)
 
     @property

@@ -126,7 +126,8 @@ class ShardRange:
         self._begin = self._end = begin
         with reported(path):
             # Made by whoever comes first; never cut off here, lest another's bytes go.
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            # Not for reading: over NFS a page that is read would be written back with a neighbour's bytes in it.
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
 
     def write(self, tokens: memoryview) -> None:
         with reported(self.path):
@@ -137,10 +138,10 @@ class ShardRange:
 
     def digest(self, header: bytes) -> str:
         sha256 = hashlib.sha256(header)
-        with reported(self.path):
+        with reported(self.path), self.path.open("rb") as file:
+            file.seek(self._begin)
             for at in range(self._begin, self._end, _READ_NBYTES):
-                os.lseek(self._descriptor, at, os.SEEK_SET)
-                sha256.update(os.read(self._descriptor, min(_READ_NBYTES, self._end - at)))
+                sha256.update(file.read(min(_READ_NBYTES, self._end - at)))
         return sha256.hexdigest()
 
     def publish(self, header: bytes) -> int:  # it has no header here

@@ -18,7 +18,7 @@ from tokenmill.storage import readable
 
 T = TypeVar("T")
 
-OURS = (layout.LOCK, layout.LOG, layout.TRANSFERS)
+OURS = (layout.LOCK, layout.RUN, layout.LOG, layout.TRANSFERS)
 """Belong to a directory, not to the data set in it."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -6,19 +6,25 @@ spans they point into.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
 import numpy as np
 
+from tokenmill import layout
 from tokenmill.engine import ClusterEngine, Kept
-from tokenmill.manifest import Count, Cursor, Manifest
+from tokenmill.errors import DataRootError, TokenmillError
+from tokenmill.manifest import Count, Cursor, Manifest, ShardRecord
 from tokenmill.pack import Block, Part
 from tokenmill.shard import tally
 from tokenmill.tasks import MadeShard, ShardPlan, Target, write_shard
 from tokenmill.tokens_file import TokensFile
 from tokenmill.writer import Recorder
+
+_VISIBLE_SECONDS = 15.0
 
 
 class _Making(NamedTuple):
@@ -33,7 +39,7 @@ class TaskWriter:
     Args:
         manifest: of the data set, entered into as shards are finished.
         engine: runs the tasks.
-        shared: the run's `tasks.Work`, as the engine shares it.
+        shared: the run's `tasks.PackedWork`, as the engine shares it.
         target: where shards go.
         recorder: enters them.
         tokens_file: takes over what the tasks wrote to `tokens.bin`, at the end; None where shards are files.
@@ -67,7 +73,7 @@ class TaskWriter:
 
     @property
     def nbytes(self) -> int:
-        """Of the tokens that shards in the making need."""
+        """Of the tokens that shards in the making need; not of the one whose parts are being collected."""
         return sum(making.nbytes for making in self._making)
 
     def begin(self) -> None:
@@ -118,13 +124,35 @@ class TaskWriter:
         self._parts, self._kept, self._counts = [], {}, []
 
     def collect(self) -> None:
-        """Record the shards that are finished."""
-        finished = [making for making in self._making if making.made.done()]
-        self._making = [making for making in self._making if making not in finished]
-        for making in finished:
-            made = making.made.result()
-            self._recorder.record(made.record)
-            self._on_made(made)
+        """Record the shards that are finished; what the first that failed raised, once the others are recorded."""
+        failed: list[Future[MadeShard]] = []
+        for making in [making for making in self._making if making.made.done()]:
+            self._making.remove(making)
+            if _is_made(making.made):
+                made = making.made.result()
+                self._require_here(made.record)
+                self._recorder.record(made.record)
+                self._on_made(made)
+            else:
+                failed.append(making.made)
+        for made_not in failed:
+            made_not.result()
+
+    def _require_here(self, record: ShardRecord) -> None:
+        """What another machine says it wrote must be seen here; its file system may take a moment."""
+        if not self._target.keep_local or self._target.is_one_file:
+            return
+        path = self._target.root / layout.shard_name(record.index)
+        expected = layout.shard_nbytes(layout.token_dtype(self._target.dtype), record.tokens)
+        patience = time.monotonic() + _VISIBLE_SECONDS
+        while not path.is_file() or path.stat().st_size != expected:
+            if time.monotonic() > patience:
+                raise DataRootError(
+                    f"{path}: expected {expected} bytes, written by another machine, found "
+                    f"{path.stat().st_size if path.is_file() else 'no such file'}",
+                    next_step="use storage that all machines share, or a bucket: --upload-to s3://... --keep-local no",
+                )
+            time.sleep(0.1)
 
     def await_one(self) -> bool:
         """Wait until a shard in the making is finished; False if there is none."""
@@ -139,15 +167,27 @@ class TaskWriter:
         while self.await_one():
             pass
         if self._tokens_file is not None:
-            for record in self._manifest.shards:
-                begin = self._target.shard_size * record.index * self._manifest.itemsize
-                if begin >= self._tokens_file.nbytes:
-                    self._tokens_file.adopt(record.tokens * self._manifest.itemsize)
+            self._take_over(self._tokens_file)
+
+    def _take_over(self, file: TokensFile) -> None:
+        """Read what the tasks wrote; every range must be what its task said it is."""
+        for record in self._manifest.shards:
+            if record.index * self._target.shard_size * self._manifest.itemsize < file.nbytes:
+                continue  # taken over from an earlier run
+            header = layout.npy_header(layout.token_dtype(self._target.dtype), record.tokens)
+            found = file.adopt(record.tokens * self._manifest.itemsize, header)
+            if found != record.sha256:
+                raise DataRootError(
+                    f"{file.partial}: shard {record.index} is not what was written there: expected sha256 "
+                    f"{record.sha256}, found {found}",
+                    next_step="make sure that all machines see the same file, then run the same command again",
+                )
 
     def abandon(self) -> None:
         """Record what is finished."""
         self._making = [making for making in self._making if _is_made(making.made)]
-        self.collect()
+        with contextlib.suppress(TokenmillError):  # the error that brought us here is the one to tell
+            self.collect()
         self._recorder.abandon()
 
 

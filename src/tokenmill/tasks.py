@@ -1,7 +1,6 @@
 """Tasks: what a run does in other processes: plan a file, encode a span, write a shard. Functions of their arguments.
 
-A task may be run again, elsewhere and at the same time, and gives the same. What a whole run shares (`Work`) is
-unpacked once per process.
+A task may be run again, elsewhere and at the same time, and gives the same.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import os
 import pickle
 import platform
+import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from tokenmill import layout
 from tokenmill.encode import EncodedSpan, Encoder
-from tokenmill.errors import DataRootError, EngineError
+from tokenmill.errors import DataRootError, EngineError, SourceChangedError
 from tokenmill.layout import TokenArray
 from tokenmill.manifest import Count, Cursor, ShardRecord
 from tokenmill.options import OnBadRows, StoreOptions
@@ -33,6 +33,12 @@ from tokenmill.source import Corpus
 from tokenmill.spans import Span, SpanReader, Texts, joined
 from tokenmill.stores import BucketStore, FolderStore, StoredFile
 from tokenmill.uploads import Sender
+
+_SPAN_ROWS = 10_000
+"""A task costs a few milliseconds, and an object in the cluster's store, so spans are larger than for threads."""
+_SPAN_TEXT_NBYTES = 64 << 20
+_PASSING = "tokenmill-task-"
+"""Begins the names of folders that shards only pass through."""
 
 _NO_TOKENS = np.empty(0, np.uint16)
 _LIBRARIES = ("tokenmill", "numpy", "pyarrow", "tokenizers", "gigatoken")
@@ -52,48 +58,57 @@ class Target(NamedTuple):
     upload_to: str | None
     store: StoreOptions
     keep_local: bool
+    run: str
+    """Of this run alone; a file in the data root holds it."""
 
 
-class Work:
-    """What all tasks of a run share. Pickled, it is unpacked once per process, where the same software must run."""
+class Work(NamedTuple):
+    """What all tasks of a run share."""
 
-    def __init__(
-        self, corpus: Corpus, encoder: Encoder, on_bad_rows: OnBadRows, span_rows: int | None, target: Target
-    ) -> None:
-        self.corpus = corpus
-        self.encoder = encoder
-        self.on_bad_rows: OnBadRows = on_bad_rows
-        self.span_rows = span_rows
-        self.target = target
-        self._key = uuid.uuid4().hex
-        self._packed: bytes | None = None
+    corpus: Corpus
+    encoder: Encoder
+    on_bad_rows: OnBadRows
+    span_rows: int | None
+    """Of a task; None: about 10,000, fewer where they are long."""
+    target: Target
 
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        if self._packed is None:
-            state = self.corpus, self.encoder, self.on_bad_rows, self.span_rows, self.target
-            self._packed = pickle.dumps(state)
-        return _unpacked, (self._key, self._packed, _software())
+    def packed(self) -> PackedWork:
+        """To be brought to other processes."""
+        return PackedWork(self.target.run, pickle.dumps(self), _software())
 
 
-_unpacked_work: dict[str, Work] = {}
+class PackedWork(NamedTuple):
+    """The same as bytes, unpacked once per process."""
+
+    key: str
+    data: bytes
+    software: dict[str, str]
+    """That decides how text is encoded and stored, where the run was started."""
+
+    def unpacked(self) -> Work:
+        """The work.
+
+        Raises:
+            EngineError: other software is installed here.
+        """
+        if self.key not in _unpacked:
+            here = _software()
+            different = next((name for name, expected in self.software.items() if here[name] != expected), None)
+            if different is not None:
+                raise EngineError(
+                    f"{socket.gethostname()}: expected {different} {self.software[different]} as where the run was "
+                    f"started, found {here[different]}",
+                    next_step="install the same versions on every machine",
+                )
+            from tokenmill.allocator import keep_freed_memory
+
+            keep_freed_memory()
+            _unpacked.clear()  # of earlier runs
+            _unpacked[self.key] = pickle.loads(self.data)
+        return _unpacked[self.key]
 
 
-def _unpacked(key: str, packed: bytes, software: Mapping[str, str]) -> Work:
-    if key not in _unpacked_work:
-        found = _software()
-        different = next((name for name, expected in software.items() if found[name] != expected), None)
-        if different is not None:
-            raise EngineError(
-                f"{socket.gethostname()}: expected {different} {software[different]} as where the run was started, "
-                f"found {found[different]}",
-                next_step="install the same versions on every machine",
-            )
-        from tokenmill.allocator import keep_freed_memory
-
-        keep_freed_memory()
-        _unpacked_work.clear()  # of earlier runs
-        _unpacked_work[key] = Work(*pickle.loads(packed))
-    return _unpacked_work[key]
+_unpacked: dict[str, Work] = {}
 
 
 def _software() -> dict[str, str]:
@@ -107,13 +122,16 @@ def _software() -> dict[str, str]:
     return found
 
 
-def plan_file(work: Work, index: int) -> list[Span]:
+def plan_file(shared: PackedWork, index: int) -> list[Span]:
     """How the rows of a source file are cut for tasks, in row order.
 
     Columnar files are cut as `SpanReader.spans` does. Others can only be read front to back: they are one span,
     whose rows are counted now.
+
+    Raises:
+        SourceError: it cannot be read, or (`SourceChangedError`) is another than was listed.
     """
-    source = work.corpus.open(index, span_rows=work.span_rows)
+    source = _opened(shared.unpacked(), index)
     if source.rows is not None:
         return list(source.spans())
     rows = 0
@@ -123,18 +141,40 @@ def plan_file(work: Work, index: int) -> list[Span]:
     return [Span(0, rows, 0)] if rows else []
 
 
-def encode_span(work: Work, index: int, span: Span) -> tuple[TokenArray, EncodedSpan]:
-    """The tokens of a span that `plan_file` named, and all else there is to know of it."""
+def encode_span(shared: PackedWork, index: int, span: Span) -> tuple[TokenArray, EncodedSpan]:
+    """The tokens of a span that `plan_file` named, and all else there is to know of it; raises what that does."""
+    work = shared.unpacked()
     retrier = work.corpus.location.retrier
     before = retrier.count
-    source = work.corpus.open(index, span_rows=work.span_rows)
+    source = _opened(work, index)
     if source.rows is not None:
         source.keep_only([span])
         texts = source.read(span)
     else:
         texts = _whole(source)
+    if len(texts.array) != span.rows:
+        raise _changed(source.name, f"{span.rows} rows", str(len(texts.array)))
     encoded = work.encoder.encode(texts, where=source.name, first_row=span.first_row, on_bad_rows=work.on_bad_rows)
     return encoded.tokens, encoded._replace(tokens=_NO_TOKENS, retries=retrier.count - before)
+
+
+def _opened(work: Work, index: int) -> SpanReader:
+    """A file of the corpus, which must be the one that was listed where the run was started."""
+    file = work.corpus.files[index]
+    work.corpus.location.require_unchanged(file)
+    source = work.corpus.open(index, span_rows=work.span_rows or _SPAN_ROWS)
+    if work.span_rows is None and source.rows:
+        fitting = max(1, _SPAN_TEXT_NBYTES * source.rows // max(1, source.figures().text_nbytes))
+        if fitting < _SPAN_ROWS:
+            return work.corpus.open(index, span_rows=fitting)
+    return source
+
+
+def _changed(name: str, expected: str, found: str) -> SourceChangedError:
+    return SourceChangedError(
+        f"{name}: on {socket.gethostname()} it is not the file that was planned: expected {expected}, found {found}",
+        next_step="every machine must see the same files, and nothing may change them while the run goes on",
+    )
 
 
 def _whole(source: SpanReader) -> Texts:
@@ -171,7 +211,7 @@ class MadeShard(NamedTuple):
     retries: int
 
 
-def write_shard(work: Work, plan: ShardPlan, *tokens: TokenArray) -> MadeShard:
+def write_shard(shared: PackedWork, plan: ShardPlan, *tokens: TokenArray) -> MadeShard:
     """Make a shard from the spans that its blocks point into, and send it where it is to go.
 
     Raises:
@@ -179,7 +219,7 @@ def write_shard(work: Work, plan: ShardPlan, *tokens: TokenArray) -> MadeShard:
         SourceChangedError: it was made before and is another now.
         StorageError: it cannot be written, or the bucket refuses it.
     """
-    target = work.target
+    target = shared.unpacked().target
     with _folder(target) as root:
         writer = ShardWriter(
             root,
@@ -215,15 +255,33 @@ def _place(target: Target, root: Path, plan: ShardPlan, tag: str) -> Place:
 def _folder(target: Target) -> Iterator[Path]:
     """The data root, or where shards do not stay in it a folder of this machine for the time being."""
     if not target.keep_local:
-        with tempfile.TemporaryDirectory(prefix="tokenmill-") as folder:
+        _sweep()
+        with tempfile.TemporaryDirectory(prefix=f"{_PASSING}{os.getpid()}-") as folder:
             yield Path(folder)
         return
-    if not (target.root / layout.MANIFEST).is_file():
+    try:
+        found = (target.root / layout.RUN).read_text()
+    except OSError:
+        found = ""
+    if found != target.run:
         raise DataRootError(
-            f"{target.root}: is not there on {socket.gethostname()} (pid {os.getpid()}): every machine must see it",
+            f"{target.root}: is not there on {socket.gethostname()}, or is another one: every machine must see it",
             next_step="use storage that all machines share, or a bucket: --upload-to s3://... --keep-local no",
         )
     yield target.root
+
+
+def _sweep() -> None:
+    """Remove what tasks left on this machine that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PASSING}*"):
+        pid = path.name.removeprefix(_PASSING).partition("-")[0]
+        if os.name == "posix" and pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except PermissionError:  # alive, and another user's
+                continue
 
 
 def _sent(target: Target, root: Path, record: ShardRecord) -> MadeShard:

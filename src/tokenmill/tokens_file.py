@@ -85,11 +85,15 @@ class TokensFile:
             sha256.update(chunk)
         return sha256.hexdigest()
 
-    def adopt(self, nbytes: int) -> None:
-        """Take over the next `nbytes` that an earlier run stored."""
+    def adopt(self, nbytes: int, header: bytes = b"") -> str:
+        """Take over the next `nbytes`, stored by others; SHA-256 of `header` and them."""
+        sha256 = hashlib.sha256(header)
         for chunk in self._stored(self.nbytes, nbytes):
-            self._hash(chunk).result()
+            hashed = self._hash(chunk)
+            sha256.update(chunk)
+            hashed.result()
             self._advance(len(chunk))
+        return sha256.hexdigest()
 
     def _stored(self, at: int, nbytes: int) -> Iterator[memoryview]:
         """Chunks of the file; each is overwritten by the next."""

@@ -34,6 +34,7 @@ class TokenDataset(Dataset[torch.Tensor]):
 
     Raises:
         DataRootError: as `tokenmill.TokenDataset`.
+        ValueError: `dtype` cannot hold the tokens.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class TokenDataset(Dataset[torch.Tensor]):
         self.data = dataset.TokenDataset(root, seq_len=seq_len, dtype=stored_dtype, tokenizer_sha256=tokenizer_sha256)
         """The same samples as NumPy arrays."""
         self.dtype: torch.dtype = dtype or getattr(torch, self.data.dtype.name)
+        largest = (self.data.vocab_size or np.iinfo(self.data.dtype).max + 1) - 1
+        if dtype is not None and (dtype.is_floating_point or torch.iinfo(dtype).max < largest):
+            raise ValueError(f"dtype: {dtype} does not hold token ids up to {largest}: give torch.int64, or None")
 
     def __len__(self) -> int:
         return len(self.data)
