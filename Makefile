@@ -13,7 +13,7 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
-	$(BIN)/python -m pip install --quiet '.[ray]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m cluster --timeout=600 tests/test_cluster.py
 
 check: $(READY)  ## ruff and mypy

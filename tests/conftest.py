@@ -40,6 +40,11 @@ WORDS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits longest begins first, so that files side by side end together."""
+    items.sort(key=lambda item: item.path.stem != "test_transfer_faults")
+
+
 def shared(path: str) -> Path:
     """A path below the shared real data, or a skip that says so."""
     found = SHARED / path

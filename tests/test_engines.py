@@ -485,6 +485,12 @@ def test_ray_at_the_command_line(recipe: Recipe, corpus: Path, tmp_path: Path, m
     assert "no Ray cluster at 127.0.0.1:1" in result.stderr
     assert "ray start --head" in result.stderr
     assert "Traceback" not in result.stderr
+    with monkeypatch.context() as patch:  # the cluster this machine was in last is gone
+        patch.setenv("RAY_TMPDIR", str(tmp_path))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        result = run_cli("pretokenize", tmp_path / "none", *flags, "--engine", "ray")
+        assert (result.returncode, "no Ray cluster at auto" in result.stderr) == (8, True), result.stderr
     result = run_cli("pretokenize", tmp_path / "none", *flags, "--engine", "ray", "--ray-address", "ray://h:10001")
     assert (result.returncode, "expected HOST:PORT" in result.stderr) == (8, True)
     assert run_cli("pretokenize", tmp_path / "none", *flags, "--ray-address", "local").returncode == 2

@@ -37,7 +37,7 @@ def consume(dataset: TokenDataset, sampler, samples: int) -> Receipt:
 
 
 @pytest.mark.parametrize("kind", ["epoch", "window", "validator"])
-def test_a_true_receipt_passes(consolidated: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
+def test_a_true_receipt_passes(consolidated: Path, tmp_path: Path, kind: str) -> None:
     dataset = TokenDataset(consolidated)
     sampler = of(dataset, kind)
     for samples in (0, 1, len(sampler)):
@@ -48,7 +48,7 @@ def test_a_true_receipt_passes(consolidated: Path, tmp_path: Path, kind: str) ->
 
 
 @given(data=st.data())
-def test_whatever_was_consumed_otherwise_does_not_pass(consolidated: Path, data: st.DataObject) -> None:  # noqa: F811
+def test_whatever_was_consumed_otherwise_does_not_pass(consolidated: Path, data: st.DataObject) -> None:
     dataset = TokenDataset(consolidated)
     sampler = of(dataset, data.draw(st.sampled_from(["epoch", "window", "validator"])))
     taken = sampler.indices()
@@ -69,7 +69,7 @@ def test_whatever_was_consumed_otherwise_does_not_pass(consolidated: Path, data:
     assert all(check.passed for check in check_receipt(consolidated, writer.receipt())) == true
 
 
-def test_every_field_counts(consolidated: Path) -> None:  # noqa: F811
+def test_every_field_counts(consolidated: Path) -> None:
     dataset = TokenDataset(consolidated)
     receipt = consume(dataset, of(dataset, "epoch"), 20)
     fields = msgspec.to_builtins(receipt)
@@ -82,7 +82,7 @@ def test_every_field_counts(consolidated: Path) -> None:  # noqa: F811
         assert not all(check.passed for check in check_receipt(consolidated, forged))
 
 
-def test_receipts_at_the_command_line(consolidated: Path, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_receipts_at_the_command_line(consolidated: Path, shards: Path, tmp_path: Path) -> None:
     dataset = TokenDataset(consolidated)
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     receipt = consume(dataset, of(dataset, "window"), 20)
@@ -102,7 +102,7 @@ def test_receipts_at_the_command_line(consolidated: Path, shards: Path, tmp_path
     assert (result.returncode, "has no sample ids" in result.stderr) == (5, True)
 
 
-def test_ids_that_were_changed_since_are_found(consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_ids_that_were_changed_since_are_found(consolidated: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(consolidated, tmp_path / "root"))
     dataset = TokenDataset(root)
     receipt = consume(dataset, of(dataset, "epoch"), 5)
@@ -113,7 +113,7 @@ def test_ids_that_were_changed_since_are_found(consolidated: Path, tmp_path: Pat
     assert (first.name, first.passed) == ("sample_ids.bin sha256", False)
 
 
-def test_only_of_consolidated_data(shards: Path, consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_only_of_consolidated_data(shards: Path, consolidated: Path, tmp_path: Path) -> None:
     bare = without_records(consolidated, tmp_path / "bare")
     for dataset in (TokenDataset(shards), TokenDataset(bare, seq_len=SEQ_LEN, dtype="uint16")):
         with pytest.raises(errors.DataRootError, match="has no sample ids"):

@@ -69,7 +69,7 @@ def test_samples_have_memory_of_their_own(root: Path) -> None:
     assert np.array_equal(dataset[3].numpy(), plain[3])
 
 
-def test_a_dtype_that_does_not_hold_the_tokens_is_refused(root: Path, consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dtype_that_does_not_hold_the_tokens_is_refused(root: Path, consolidated: Path, tmp_path: Path) -> None:
     assert TokenDataset(root, dtype=torch.int16)[3].tolist() == NumPyDataset(root)[3].tolist()  # 4,096 ids
     bare = without_records(consolidated, tmp_path / "bare")
     for where, told, dtype in (
@@ -87,8 +87,8 @@ def test_pickles(root: Path) -> None:
 
 
 def test_templars_own_class(
-    consolidated: Path,  # noqa: F811
-    shards: Path,  # noqa: F811
+    consolidated: Path,
+    shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -131,7 +131,7 @@ def losses(lines: list[str]) -> dict[int, float]:
     return {int(words[1]): float(words[3]) for words in found}
 
 
-def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: Path, tmp_path: Path) -> None:
     """Stopped and resumed, with as many ranks or more, it takes the samples and has the losses of one long run."""
     steps, batch = 30, 4
     whole = train(consolidated, tmp_path / "whole", "--steps", steps, "--batch", batch)
@@ -157,7 +157,7 @@ def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: 
     assert (checked.returncode, checked.stdout.count(": true")) == (0, 5), checked.stdout
 
 
-def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: Path) -> None:
     """With a batch that does not divide the data set: the rest of the epoch is left out."""
     samples = len(NumPyDataset(consolidated))
     batch = samples // 2 - 3
@@ -171,7 +171,7 @@ def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: P
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python", TRAINERS))))
 def test_the_page_on_trainers_is_true(
-    consolidated: Path,  # noqa: F811
+    consolidated: Path,
     number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

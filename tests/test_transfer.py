@@ -20,7 +20,7 @@ import pytest
 import tenacity
 
 from conftest import command, text, write_parquet
-from servers import AWS, Proxy, listening, moto, s3_client, s3rver
+from servers import AWS, listening, moto, s3_client, s3rver
 from tokenmill import downloads, errors, http, retry, s3, storage, uploads
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
@@ -397,19 +397,6 @@ def test_a_store_whose_etags_are_new_each_time(server: str, root: Path, monkeypa
         upload(root, there)
 
 
-@pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(retry, "_backoff", tenacity.wait_none())
-    for module in (http, s3):
-        monkeypatch.setattr(module, "STALL_SECONDS", 0.25)
-    proxy = Proxy(server)
-    yield proxy
-    proxy.close()
-
-
-RATES = (0.005, 0.02, 0.05, 0.15)
-
-
 class LengthlessHandler(BaseHTTPRequestHandler):
     """Answers as a store does through a wire that bends a header's name."""
 
@@ -426,57 +413,6 @@ class LengthlessHandler(BaseHTTPRequestHandler):
 def test_an_answer_without_its_headers_is_tried_again() -> None:
     with listening(LengthlessHandler) as endpoint, pytest.raises(retry.TransientError):
         s3.Bucket("bucket", http.HttpClient(), endpoint_url=endpoint).head("key")
-
-
-SCHEDULES = 100
-
-
-def test_uploads_through_random_faults_are_right_or_fail(server: str, proxy: Proxy, root: Path) -> None:
-    """100 schedules of resets, truncations, flipped bytes, stalls and 503s, both ways.
-
-    What is reported done is right; what fails names what, leaves no manifest over files that are not there,
-    and the next run without faults makes it whole.
-    """
-    expected = contents(root)
-    failed = 0
-    for seed in range(SCHEDULES):
-        prefix = f"faults-{seed}"
-        proxy.rng, proxy.rate = random.Random(seed), RATES[seed % len(RATES)]
-        try:
-            upload(root, store(proxy.url, prefix))
-        except errors.TokenmillError as error:
-            failed += 1
-            assert f"bucket/{prefix}" in str(error)  # noqa: PT017  # some pass
-            there = bucket(server, prefix)
-            assert "manifest.json" not in there or expected.items() <= there.items()
-            upload(root, store(server, prefix))
-        assert expected.items() <= bucket(server, prefix).items()  # a flipped bit in a name makes one more
-    assert set(proxy.faults) == set(Proxy.KINDS)
-    assert 0 < failed < SCHEDULES
-
-
-def test_downloads_through_random_faults_are_right_or_fail(
-    server: str, proxy: Proxy, root: Path, tmp_path: Path
-) -> None:
-    """Likewise; nothing wrong ever has its name here, failed or not."""
-    expected = contents(root)
-    upload(root, store(server, "source"))
-    failed = 0
-    for seed in range(SCHEDULES):
-        new = tmp_path / f"new-{seed}"
-        proxy.rng, proxy.rate = random.Random(seed), RATES[seed % len(RATES)]
-        try:
-            download(store(proxy.url, "source"), new)
-        except errors.TokenmillError as error:
-            failed += 1
-            assert "bucket/source" in str(error)  # noqa: PT017  # some pass
-            here = {path: sha256 for path, sha256 in contents(new).items() if not path.endswith(".partial")}
-            assert here.items() <= expected.items()
-            download(store(server, "source"), new)
-        assert contents(new) == expected
-        shutil.rmtree(new)
-    assert set(proxy.faults) == set(Proxy.KINDS)
-    assert 0 < failed < SCHEDULES
 
 
 def test_ctrl_c_is_prompt_and_harmless(server: str, root: Path, tmp_path: Path) -> None:

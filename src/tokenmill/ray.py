@@ -7,11 +7,13 @@ import hashlib
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenmill.engine import mapped
@@ -187,7 +189,7 @@ def _connect(ray: Any, address: str) -> None:
             f"{address}: expected HOST:PORT, auto or local",
             next_step="give the address of the head's own port, for example HEAD:6379; a Ray job needs none",
         )
-    host, colon, port = address.rpartition(":")
+    host, colon, port = (_last_address() if address == "auto" else address).rpartition(":")
     try:
         if colon and port.isdecimal():  # Ray itself would go on trying for minutes
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
@@ -202,11 +204,21 @@ def _connect(ray: Any, address: str) -> None:
         ) from None
 
 
+def _last_address() -> str:
+    """Of the cluster that this machine joined last, where Ray keeps it; it may be gone. Empty: none."""
+    temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    try:
+        return Path(temporary, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _meant(ray: Any, error: BaseException) -> BaseException:
     """What a task raised, as it raised it; the cluster's own troubles as an error that says what to do."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, TokenmillError) else error
+        if not isinstance(error.cause, ray.exceptions.RayError):
+            return error.cause if isinstance(error.cause, TokenmillError) else error
+        error = error.cause  # what it was to get could not be had
     if isinstance(error, ray.exceptions.RayError):
         reason = next(iter(str(error).splitlines()), "")
         return EngineError(
