@@ -10,7 +10,7 @@ demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'

@@ -58,7 +58,7 @@ class PicklingEngine:
     def describe(self) -> str:
         return "1 nodes"
 
-    def cancel(self) -> None:
+    def drop(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def note(self, nbytes: int) -> None:

@@ -72,8 +72,8 @@ class ClusterEngine(Protocol):
         """What it is doing, in a few words."""
         ...
 
-    def cancel(self) -> None:
-        """Drop all tasks."""
+    def drop(self) -> None:
+        """Be done with all tasks: what they still give is nobody's; they may run to their end."""
         ...
 
 

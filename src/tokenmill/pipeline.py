@@ -530,5 +530,5 @@ def _elsewhere(job: _Job, engine: ClusterEngine, file: TokensFile | None, record
 
 
 def _leave(engine: ClusterEngine, root: Path) -> None:
-    engine.cancel()
+    engine.drop()
     (root / layout.RUN).unlink(missing_ok=True)

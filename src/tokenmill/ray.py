@@ -54,7 +54,7 @@ class RayEngine:
         if self._connected:
             _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "auto")
         self._remote: dict[Callable[..., Any], Any] = {}
-        self._in_flight: dict[Future[Any], Any] = {}
+        self._in_flight: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._resources: dict[str, float] = {}
         self._nodes = 0
@@ -117,11 +117,11 @@ class RayEngine:
         arriving: Future[Any] = reference.future()
         settled: Future[Any] = Future()
         with self._lock:
-            self._in_flight[settled] = reference
+            self._in_flight.add(settled)
 
         def settle(done: Future[Any]) -> None:
             with self._lock:
-                self._in_flight.pop(settled, None)
+                self._in_flight.discard(settled)
             error = done.exception()
             if error is None:
                 settled.set_result(done.result())
@@ -163,11 +163,11 @@ class RayEngine:
         with self._lock:
             return f"{self._nodes} nodes, {self.workers} processors, {len(self._in_flight)} tasks"
 
-    def cancel(self) -> None:
+    def drop(self) -> None:
+        # Ray (2.60) aborts this process where a task is cancelled that waits for its arguments. So they run on: few,
+        # none of which finds a data root to write to that was left; and none outlives the connection.
         with self._lock:
-            references = list(self._in_flight.values())
-        for reference in references:
-            self._ray.cancel(reference, force=True)
+            self._in_flight.clear()
 
 
 class _Lease:
