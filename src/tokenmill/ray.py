@@ -74,6 +74,7 @@ class RayEngine:
 
     def close(self) -> None:
         """Leave the cluster; what it still does for us ends."""
+        self.drop()
         if self._connected:
             self._ray.shutdown()
 
@@ -121,6 +122,8 @@ class RayEngine:
 
         def settle(done: Future[Any]) -> None:
             with self._lock:
+                if settled not in self._in_flight:
+                    return  # dropped
                 self._in_flight.discard(settled)
             error = done.exception()
             if error is None:
@@ -167,7 +170,9 @@ class RayEngine:
         # Ray (2.60) aborts this process where a task is cancelled that waits for its arguments. So they run on: few,
         # none of which finds a data root to write to that was left; and none outlives the connection.
         with self._lock:
-            self._in_flight.clear()
+            dropped, self._in_flight = self._in_flight, set()
+        for future in dropped:  # whoever waits for one would wait for ever once the connection is gone
+            future.set_exception(EngineError("the run is over", next_step="run the same command again"))
 
 
 class _Lease:
