@@ -21,9 +21,6 @@ from tokenmill.errors import DataRootError, EngineError, TokenmillError
 
 T = TypeVar("T")
 
-LOCAL = "local"
-"""Address that starts Ray on this machine alone, for as long as the run takes."""
-
 _NAMESPACE = "tokenmill"
 _RETRIES = 8
 """Of a task whose process or machine was lost; what a task raises is not tried again."""
