@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from typing import NamedTuple
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, StorageError
+from tokenmill.etags import ETagHasher
 from tokenmill.manifest import Consolidated, Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path, open_store
@@ -34,7 +35,6 @@ from tokenmill.transfer import (
     Selection,
     Sha256,
     Show,
-    Tag,
     digests,
     missing,
 )
@@ -97,7 +97,7 @@ def bring(
             f"{store.name}: {lost[0]} is not there, but its records speak of it ({len(lost)} such files)",
             next_step="upload the data set again, or name the files you want with --include",
         )
-    wanted = {path: file for path, file in listed.items() if selection.takes(path)}
+    wanted = {path: file for path, file in listed.items() if selection.takes(path) or selection.takes_record(path)}
     for path in wanted:
         checked_path(path, store.name)
     if not wanted:
@@ -115,6 +115,8 @@ def bring(
     with storage.held(root):
         run = _Download(store, root, wanted, digests(manifest, record), show)
         moved = run.fetch({name: data for name, data in records.items() if name in wanted})
+        if not selection.is_whole:
+            run.note_elsewhere(file for path, file in listed.items() if path not in wanted)
     return _report(store, root, moved, started)
 
 
@@ -134,7 +136,7 @@ def _read_record(store: Store, file: StoredFile) -> bytes:
     before: bytes | None = None
     for _ in range(_TRIES + 1):
         data = bytes(store.read(file, 0, file.nbytes))
-        tag = Tag(file.etag, store.part_nbytes(file))
+        tag = ETagHasher(file.etag, store.part_sizes(file))
         tag.update(data)
         if tag.found == file.etag or data == before:
             return data
@@ -213,7 +215,7 @@ class _Download:
         todo = [file for file in data if not self._journal.has(file)]
         self._total_nbytes = sum(file.nbytes for file in todo)
         self._check_disk(todo)
-        moved = [Moved(file.path, file.nbytes, True, 0, self._proof(file)) for file in there]
+        moved = [Moved(file.path, file.nbytes, True, 0, self._journal.checked(file.path)) for file in there]
         try:
             futures = [self._files.submit(self._bring, file) for file in todo]
             for future in futures:
@@ -235,8 +237,12 @@ class _Download:
         is_new = not path.is_file() or path.read_bytes() != data
         if is_new:
             storage.write_whole(path, data)
-        self._journal.note(file)
-        return Moved(file.path, file.nbytes, not is_new, len(data) if is_new else 0, self._proof(file))
+        self._journal.note(file, "twice")
+        return Moved(file.path, file.nbytes, not is_new, len(data) if is_new else 0, "twice")
+
+    def note_elsewhere(self, files: Iterable[StoredFile]) -> None:
+        """Remember that files are in the store and not here."""
+        self._journal.note_all([file for file in files if not (self._root / file.path).exists()], "")
 
     def _check_disk(self, todo: list[StoredFile]) -> None:
         needed = sum(max(0, file.nbytes - self._begun_nbytes(file)) for file in todo)
@@ -246,11 +252,6 @@ class _Download:
                 f"{self._root}: the disk cannot hold the files: {needed / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free",
                 next_step="make room, or take fewer with --shards or --include",
             )
-
-    def _proof(self, file: StoredFile) -> str:
-        if file.path in self._known:
-            return "sha256"
-        return "etag" if Tag(file.etag, 1).found else "size"
 
     def _partial(self, file: StoredFile) -> Path:
         """Its name holds what it is a beginning of."""
@@ -268,9 +269,10 @@ class _Download:
         with storage.reported(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size == file.nbytes and self._is_same(path, file):
-            self._journal.note(file)
+            checked = "sha256" if file.path in self._known else "etag"
+            self._journal.note(file, checked)
             self._note_progress(file.nbytes)
-            return Moved(file.path, file.nbytes, True, 0, self._proof(file))
+            return Moved(file.path, file.nbytes, True, 0, checked)
         partial = self._partial(file)
         pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}" + re.escape(layout.PARTIAL_SUFFIX))
         for other in path.parent.glob(f"*{layout.PARTIAL_SUFFIX}"):
@@ -283,7 +285,7 @@ class _Download:
             checked = self._check(file, fetched.digest, before)
             if checked is not None:
                 storage.publish(partial, path)
-                self._journal.note(file)
+                self._journal.note(file, checked)
                 return Moved(file.path, file.nbytes, False, fetched.moved_nbytes, checked)
             before = fetched.digest
             with storage.reported(partial):
@@ -301,8 +303,8 @@ class _Download:
             return "sha256" if found == self._known[file.path] else None
         if found == file.etag:
             return "etag"
-        # No ETag of bytes; or the same bytes twice, which says that the store makes its ETags of something else.
-        return "size" if found in ("", before) else None
+        # The same bytes twice: the store makes its ETags of something else, or of parts whose size it does not tell.
+        return "twice" if found == before else None
 
     def _is_same(self, path: Path, file: StoredFile) -> bool:
         """Whether a file that is here, and of that size, has the bytes of the one there."""
@@ -312,9 +314,12 @@ class _Download:
                 digest.update(data)
         return digest.found == self._known.get(file.path, file.etag)
 
-    def _digest(self, file: StoredFile) -> Sha256 | Tag:
+    def _digest(self, file: StoredFile) -> Sha256 | ETagHasher:
         """What is to be compared with what is known of the file."""
-        return Sha256() if file.path in self._known else Tag(file.etag, self._store.part_nbytes(file))
+        if file.path in self._known:
+            return Sha256()
+        hasher = ETagHasher(file.etag, self._store.part_sizes(file))
+        return hasher if hasher.is_known else Sha256()
 
     def _fetch(self, file: StoredFile, partial: Path) -> _Fetched:
         """Bring what the partial file lacks; it is durable then."""

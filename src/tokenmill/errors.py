@@ -1,10 +1,12 @@
-"""Errors: one class per way a user can react. Pure; imports nothing of tokenmill.
+"""Errors: one class per way a user can react. Pure.
 
 Every message says what is wrong and where, what was expected and found; `next_step` says what to do
 about it. `exit_code` is what the command line exits with.
 """
 
 from __future__ import annotations
+
+from tokenmill.redact import redacted
 
 
 class TokenmillError(Exception):
@@ -18,9 +20,9 @@ class TokenmillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, next_step: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.next_step = next_step
+        self.message = redacted(message)
+        self.next_step = redacted(next_step)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}"

@@ -6,7 +6,6 @@ retries. Nothing received is believed before its length is what was asked for.
 
 from __future__ import annotations
 
-import email.utils
 import io
 import logging
 import re
@@ -19,7 +18,9 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from tokenmill.retry import AnswerError, ChangedError, TransientError, is_transient
+from tokenmill import etags
+from tokenmill.certificates import CANNOT_VERIFY, ca_bundle
+from tokenmill.retry import AnswerError, ChangedError, TransientError, is_limit, is_transient, stated_wait
 
 CONNECTIONS = 16
 
@@ -44,13 +45,13 @@ class Head(NamedTuple):
 
 
 class HttpClient:
-    """Connections that are kept and shared by threads; proxies come from the environment."""
+    """Connections that are kept and shared by threads; proxies and certificates come from the environment."""
 
     def __init__(self) -> None:
         # It would print URLs, and signed ones are credentials; what matters is raised and logged here.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-        self._session = requests.Session()
-        self._session.auth = _no_auth
+        self._session = _Session()
+        self._session.verify = ca_bundle() or True
         self._session.headers["Accept-Encoding"] = "identity"
         adapter = _Adapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS)
         for scheme in ("http://", "https://"):
@@ -98,7 +99,7 @@ class HttpClient:
         if nbytes == 0:
             return bytearray(), url
         asked = {"Range": f"bytes={offset}-{offset + nbytes - 1}", **(headers or {})}
-        if etag is not None:
+        if etag is not None and etag == etags.canonical(etag):
             asked["If-Match"] = etag
         response = self._send("GET", url, asked)
         try:
@@ -113,7 +114,9 @@ class HttpClient:
             if response.status_code == 206 and not sent.startswith(f"bytes {offset}-{offset + nbytes - 1}/"):
                 raise TransientError(f"{_host(url)}: expected {asked['Range']}, found {sent!r:.80}")
             seen = response.headers.get("ETag")
-            if etag is not None and seen is not None and seen.removeprefix("W/") != etag.removeprefix("W/"):
+            if etag is not None and seen is None and "If-Match" not in asked:
+                raise TransientError(f"{_host(url)}: the answer has no ETag to tell whether it is the same file")
+            if etag is not None and seen is not None and not etags.same(seen, etag):
                 raise ChangedError(f"expected ETag {etag}, found {seen}")
             return _body(response, nbytes, into), response.url
         finally:
@@ -134,17 +137,21 @@ class HttpClient:
             response.close()
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], data: bytes | None = None) -> requests.Response:
+        url, login = _without_login(url)
         try:
             return self._session.request(
                 method,
                 url,
+                auth=login or _no_auth,
                 data=io.BytesIO(data) if data else data,  # in blocks: a timeout is for each, not for all
                 headers=dict(headers),
                 stream=True,
+                verify=self._session.verify,
                 timeout=(CONNECT_SECONDS, STALL_SECONDS),
             )
         except requests.exceptions.SSLError as error:
-            raise AnswerError(0, f"no trusted connection to {_host(url)}: {_reason(error)}") from None
+            reason = f"no trusted connection to {_host(url)}: {_reason(error)}"
+            raise AnswerError(0, reason, next_step=CANNOT_VERIFY) from None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             raise TransientError(f"{_host(url)}: {_reason(error)}") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
@@ -157,8 +164,9 @@ class HttpClient:
         code = _code(response)
         if is_transient(response.status_code, code):
             reason = f"{_host(response.url)}: HTTP {response.status_code} {code or response.reason}"
-            raise TransientError(reason, _retry_after(response))
-        raise AnswerError(response.status_code, code or response.reason)
+            limited = is_limit(response.status_code, code)
+            raise TransientError(reason, stated_wait(response.headers), limited=limited)
+        raise AnswerError(response.status_code, code or response.reason, code=code, host=_host(response.url))
 
 
 class _Adapter(HTTPAdapter):
@@ -168,9 +176,30 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **kwargs, blocksize=_BLOCK_NBYTES)
 
 
+class _Session(requests.Session):
+    """Follows redirects without looking up the other host in .netrc."""
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        if self.should_strip_auth(  # type: ignore[no-untyped-call]
+            str(response.request.url), str(prepared_request.url)
+        ):
+            prepared_request.headers.pop("Authorization", None)
+
+
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     """Leave requests as they are: a .netrc must not add a second signature to a signed URL."""
     return request
+
+
+def _without_login(url: str) -> tuple[str, tuple[str, str] | None]:
+    """A URL without its user and password, and these."""
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    name, _, password = user.partition(":")
+    login = urllib.parse.unquote(name), urllib.parse.unquote(password)
+    return urllib.parse.urlunsplit(parts._replace(netloc=host)), login
 
 
 def _body(response: requests.Response, nbytes: int, into: bytearray | None) -> bytearray:
@@ -210,20 +239,10 @@ def _total(response: requests.Response) -> int | None:
     return int(total) if total.isdecimal() else None
 
 
-def _retry_after(response: requests.Response) -> float:
-    """Seconds; the header holds them or a date (RFC 9110, 10.2.3)."""
-    value = response.headers.get("Retry-After", "")
-    if value.isdecimal():
-        return float(value)
-    date = email.utils.parsedate_tz(value)
-    try:
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-    except (ValueError, OverflowError):
-        return 0.0
-
-
 def _code(response: requests.Response) -> str:
-    """What S3 calls the error; empty elsewhere. The rest of its answer may hold parts of the request."""
+    """What S3 or the hub calls the error; empty elsewhere. The rest of an answer may hold parts of the request."""
+    if hub := response.headers.get("X-Error-Code", ""):
+        return hub if re.fullmatch(r"\w{1,64}", hub) else ""
     try:
         found = re.search(rb"<Code>(\w{1,64})</Code>", response.raw.read(1 << 16) or b"")
     except (urllib3.exceptions.HTTPError, OSError):

@@ -6,12 +6,16 @@ It reads HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself; no credential passes t
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tokenmill.certificates import CANNOT_VERIFY, ca_bundle
 from tokenmill.errors import SourceError, TokenizerError
-from tokenmill.retry import Retrier, TransientError, is_transient
+from tokenmill.retry import AnswerError, Retrier, TransientError, is_limit, is_transient, stated_wait
 
 T = TypeVar("T")
 
@@ -31,7 +35,7 @@ def fetch_tokenizer(name: str, revision: str | None) -> Fetched:
     Raises:
         TokenizerError: unknown, private, without `tokenizer.json`, or out of reach.
     """
-    import huggingface_hub
+    huggingface_hub = _library()
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -79,9 +83,7 @@ class Repository(NamedTuple):
 
     def url(self, path: str) -> str:
         """Where a file is to be had, by HTTP."""
-        import huggingface_hub
-
-        return huggingface_hub.hf_hub_url(self.name, path, repo_type="dataset", revision=self.commit)
+        return str(_library().hf_hub_url(self.name, path, repo_type="dataset", revision=self.commit))
 
 
 def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repository:
@@ -90,35 +92,56 @@ def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repositor
     Raises:
         SourceError: unknown, private, or out of reach.
     """
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
+    api = _library().HfApi()
     commit = _asked(name, retrier, lambda: api.dataset_info(name, revision=revision).sha)
     assert commit is not None
-    entries = _asked(
-        name,
-        retrier,
-        lambda: list(api.list_repo_tree(name, repo_type="dataset", revision=commit, recursive=True)),
-    )
-    files = [
-        RepositoryFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-        for entry in entries
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
-    ]
+    files: list[RepositoryFile] = []
+    page: str | None = f"{api.endpoint}/api/datasets/{name}/tree/{commit}?recursive=True&expand=False"
+    while page is not None:  # each on its own, so that a fault on the way costs one request and not the listing
+        entries, page = _asked(name, retrier, functools.partial(_tree_page, page))
+        files += [
+            RepositoryFile(entry["path"], entry["size"], entry["lfs"]["oid"] if entry.get("lfs") else entry["oid"])
+            for entry in entries
+            if entry["type"] == "file"
+        ]
     card: dict[str, Any] = {}
     if any(file.path == "README.md" for file in files):
         card = _asked(name, retrier, lambda: _card(name, commit))
     return Repository(name, commit, files, card)
 
 
-def _card(name: str, commit: str) -> dict[str, Any]:
+def _library() -> Any:
+    """The hub's client, which trusts the certificates that everything else here does."""
+    bundle = ca_bundle()
+    if bundle is not None:
+        os.environ.setdefault("SSL_CERT_FILE", bundle)  # the one variable it reads
     import huggingface_hub
 
+    return huggingface_hub
+
+
+def _tree_page(url: str) -> tuple[list[dict[str, Any]], str | None]:
+    """A page of a listing, and where the next one is."""
+    response = _library().get_session().get(url, headers=headers(), timeout=30)
+    _library().utils.hf_raise_for_status(response)
+    return response.json(), response.links.get("next", {}).get("url")
+
+
+def _card(name: str, commit: str) -> dict[str, Any]:
+    huggingface_hub = _library()
     url = huggingface_hub.hf_hub_url(name, "README.md", repo_type="dataset", revision=commit)
     response = huggingface_hub.get_session().get(url, headers=headers(), follow_redirects=True, timeout=30)
     response.raise_for_status()
-    card = huggingface_hub.DatasetCard(response.text, ignore_metadata_errors=True)
-    return dict(card.data.to_dict())  # type: ignore[no-untyped-call]
+    return card_of(response.text)
+
+
+def card_of(readme: str) -> dict[str, Any]:
+    """The YAML at the head of a `README.md`; empty if it has none that can be read."""
+    try:
+        card = _library().DatasetCard(readme, ignore_metadata_errors=True)
+    except Exception:  # noqa: BLE001  # whatever the YAML parser raises: what is no card says nothing
+        return {}
+    return dict(card.data.to_dict())
 
 
 def headers() -> dict[str, str]:
@@ -137,28 +160,62 @@ def _asked(name: str, retrier: Retrier, question: Callable[[], T]) -> T:
         except Exception as error:
             response = getattr(error, "response", None)
             status = getattr(response, "status_code", None)
+            if _is_untrusted(error):
+                raise AnswerError(0, "no trusted connection to the hub", next_step=CANNOT_VERIFY) from None
             # What never got an answer is raised by the transport, whichever version of it there is.
             unanswered = status is None and type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore2")
             if unanswered or (status is not None and is_transient(status)):
-                after = response.headers.get("Retry-After", "") if response is not None else ""
+                wait = stated_wait(response.headers) if response is not None else 0.0
                 reason = f"the hub: {f'HTTP {status}' if status else type(error).__name__}"
-                raise TransientError(reason, float(after) if after.isdecimal() else 0.0) from None
+                raise TransientError(reason, wait, limited=status is not None and is_limit(status)) from None
             raise
 
     try:
         return retrier(once)
     except TransientError as error:
+        if error.limited:
+            raise SourceError(
+                f"data set {name}: the hub limits requests: {error}",
+                next_step="set HF_TOKEN, which raises the limits, or wait; then run the same command again",
+            ) from None
         raise SourceError(
             f"data set {name}: the hub cannot be reached: {error}",
             next_step="check the network, then run the same command again",
         ) from None
+    except AnswerError as error:
+        raise SourceError(f"data set {name}: {error}", next_step=error.next_step) from None
     except Exception as error:  # noqa: BLE001  # the client passes on whatever its transport raises
         raise refused(name, error) from None
 
 
+def _is_untrusted(error: BaseException) -> bool:
+    """Whether a certificate is at the bottom of it."""
+    causes: list[BaseException | None] = [error]
+    while causes and (cause := causes.pop()) is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
+            return True
+        causes = [cause.__cause__ or cause.__context__]
+    return False
+
+
+def explained(error: AnswerError, name: str) -> AnswerError:
+    """The refusal of a file, with what to do about it."""
+    if error.code == "GatedRepo":
+        error.next_step = _accept_terms(name)
+    return error
+
+
+def _accept_terms(name: str) -> str:
+    endpoint = _library().constants.ENDPOINT
+    return f"accept its terms at {endpoint}/datasets/{name}, and set HF_TOKEN to a token of the user who did"
+
+
 def refused(name: str, error: Exception) -> SourceError:
     """The hub's refusal of a data set, as an error that says what to do."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+
+    if isinstance(error, GatedRepoError):
+        return SourceError(f"data set {name}: its terms were not accepted", next_step=_accept_terms(name))
 
     if isinstance(error, OfflineModeIsEnabled):
         return SourceError(

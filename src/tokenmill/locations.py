@@ -7,43 +7,41 @@ reads them. What is remote is read by range; nothing is kept on disk.
 from __future__ import annotations
 
 import functools
-import glob
 import itertools
+import logging
 import os
 import re
 import socket
+import stat
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
-from tokenmill import hub
-from tokenmill.errors import SourceChangedError, SourceError, StorageError
+from tokenmill import etags, hub
+from tokenmill.choice import choose, format_of, listed, refuse_unknown
+from tokenmill.errors import SourceChangedError, SourceError, StorageError, TokenmillError
+from tokenmill.local_listing import MAGIC, expand, once, walk
 from tokenmill.options import StoreOptions
 from tokenmill.ranges import RemoteFile
+from tokenmill.redact import redacted_url
 from tokenmill.retry import AnswerError, Retrier, asked
 from tokenmill.spans import gone
-from tokenmill.train_split import matching, train_files
+from tokenmill.train_split import matching
+
+log = logging.getLogger("tokenmill.say")
+"""What a user should see at once."""
 
 T = TypeVar("T")
 
 MEND = "mend, replace or exclude the file, then run the same command again"
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "parquet": (".parquet",),
-    "arrow": (".arrow", ".feather"),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst"),
-    "text": (".txt", ".txt.gz", ".txt.zst"),
-}
-"""Suffixes by format. A folder is searched for the first format it has a file of; `.json` alone may be
-anything, and is JSON Lines only where it is named."""
-
-_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
-_MAGIC = re.compile(r"[*?[]")
+_HUB_NAME = re.compile(r"(?!.{97})\w[\w.-]*/(?![.-])[\w.-]*\w(?<!\.git)(@[\w./-]+)?")
+"""What the hub lets a data set be called: OWNER/NAME of up to 96 characters, without -- or .. in it."""
 
 
 class SourceFile(msgspec.Struct, frozen=True):
@@ -64,9 +62,11 @@ class Location(Protocol):
     revision: str | None
     """The commit that is read, if it is a hub's."""
     retrier: Retrier
+    notes: list[str]
+    """What `files` left out, in words."""
 
-    def files(self) -> list[SourceFile]:
-        """By path."""
+    def files(self, only: Collection[str] | None = None) -> list[SourceFile]:
+        """By path: what `choice` makes of what is there; or, of that, those of the paths in `only` that exist."""
         ...
 
     def open(self, file: SourceFile, planned: Iterable[tuple[int, int]] = ()) -> Path | RemoteFile:
@@ -84,14 +84,6 @@ class Location(Protocol):
     def close(self) -> None:
         """Let go of connections and of whoever waits for them."""
         ...
-
-
-def format_of(path: str) -> str | None:
-    """The format a file's name says; None if none of ours."""
-    name = path.lower()
-    if name.endswith(".json"):
-        return "jsonl"
-    return next((kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)), None)
 
 
 def locate(dataset: Sequence[str], options: StoreOptions) -> Location:
@@ -130,8 +122,13 @@ def _scheme(entry: str) -> str:
     scheme, mark, _ = entry.partition("://")
     if mark:
         return scheme.lower()
-    named = _HUB_NAME.fullmatch(entry) and not Path(entry).exists() and not format_of(entry)
-    return "hf" if named else "file"
+    return "hf" if _is_hub_name(entry) else "file"
+
+
+def _is_hub_name(entry: str) -> bool:
+    """Whether it can mean a data set of the hub: nothing of that name, and no folder of that owner's name, is here."""
+    named = _HUB_NAME.fullmatch(entry) is not None and not re.search(r"--|\.\.", entry) and not format_of(entry)
+    return named and not os.path.lexists(entry) and not Path(entry.partition("/")[0]).is_dir()
 
 
 def _local(entry: str) -> str:
@@ -141,43 +138,17 @@ def _local(entry: str) -> str:
 def without_secrets(dataset: str | Sequence[str]) -> str | tuple[str, ...]:
     """The same, without what may be a credential in a URL: user, password, query."""
     if not isinstance(dataset, str):
-        return tuple(str(without_secrets(entry)) for entry in dataset)
-    if _scheme(dataset) not in ("http", "https"):
-        return dataset
-    url = _split(dataset)
-    return urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+        return tuple(redacted_url(entry) for entry in dataset)
+    return redacted_url(dataset)
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
     try:
-        return urllib.parse.urlsplit(url)
-    except ValueError as error:
-        raise SourceError(f"not a URL: {error}", next_step="correct --dataset") from None
-
-
-def _first_format(name: str, paths: Iterable[str]) -> list[str]:
-    """Those of the first format there is any file of."""
-    by_format: dict[str | None, list[str]] = {}
-    for path in paths:
-        by_format.setdefault(None if path.lower().endswith(".json") else format_of(path), []).append(path)
-    found = next((by_format[kind] for kind in FORMATS if kind in by_format), None)
-    if found is None:
-        suffixes = " ".join(f"*{suffix}" for suffix in itertools.chain(*FORMATS.values()))
-        raise SourceError(
-            f"{name}: no file of a known format in it (looked for {suffixes})",
-            next_step="give the directory that holds them",
-        )
-    return found
-
-
-def _refuse_unknown(paths: Iterable[str]) -> None:
-    unknown = next((path for path in paths if format_of(path) is None), None)
-    if unknown is not None:
-        raise SourceError(
-            f"{unknown}: expected one of {', '.join(itertools.chain(*FORMATS.values()))}, found "
-            f"{Path(unknown).suffix or 'no suffix'}",
-            next_step="name files of these formats only, for example with the glob '*.parquet'",
-        )
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # a wrong one is found when it is asked for
+    except ValueError:  # its text repeats the URL
+        raise SourceError(f"{redacted_url(url)}: not a URL", next_step="correct --dataset") from None
+    return parts
 
 
 class _LocalFiles:
@@ -187,32 +158,38 @@ class _LocalFiles:
 
     def __init__(self, patterns: list[str]) -> None:
         self.retrier = Retrier()
+        self.notes: list[str] = []
         self._mtimes: dict[str, int] = {}
         """In ns, as listed."""
         self.root, self._paths = self._expand(patterns)
-        self.name = str(self.root)
+        self.name = _shown(str(self.root))
 
-    def files(self) -> list[SourceFile]:
+    def files(self, only: Collection[str] | None = None) -> list[SourceFile]:
+        names = sorted({_name(path.relative_to(self.root)) for path in self._paths})
+        if only is not None:
+            names = [name for name in sorted(only) if (self.root / name).is_file()]
         found = []
-        for name in sorted({path.relative_to(self.root).as_posix() for path in self._paths}):
+        for name in names:
             try:
-                stat = (self.root / name).stat()
+                status = (self.root / name).stat()
             except OSError as error:
                 raise SourceError(f"{self.root / name}: {error.strerror}", next_step=MEND) from None
-            found.append(SourceFile(name, stat.st_size))
-            self._mtimes[name] = stat.st_mtime_ns
+            if not stat.S_ISREG(status.st_mode):
+                raise SourceError(f"{self.root / name}: expected a file, found something else", next_step=MEND)
+            found.append(SourceFile(name, status.st_size))
+            self._mtimes[name] = status.st_mtime_ns
         return found
 
     def require_unchanged(self, file: SourceFile) -> None:
         path, expected = self.root / file.path, (file.nbytes, self._mtimes[file.path])
         try:
-            stat = path.stat()
+            status = path.stat()
         except OSError:
             raise gone(str(path)) from None
-        if (stat.st_size, stat.st_mtime_ns) != expected:
+        if (status.st_size, status.st_mtime_ns) != expected:
             raise SourceChangedError(
                 f"{path}: on {socket.gethostname()} it is not the file that was listed: expected {expected[0]} bytes "
-                f"of time {expected[1]}, found {stat.st_size} of {stat.st_mtime_ns}",
+                f"of time {expected[1]}, found {status.st_size} of {status.st_mtime_ns}",
                 next_step="every machine must see the same files, and nothing may change them while the run goes on",
             )
 
@@ -224,35 +201,85 @@ class _LocalFiles:
 
     def _expand(self, patterns: list[str]) -> tuple[Path, list[Path]]:
         """The folder names are relative to, and the files."""
-        if len(patterns) == 1 and Path(patterns[0]).is_dir():
-            root = Path(patterns[0]).absolute()
-            return root, _files_below(root)
-        paths: list[Path] = []
-        for pattern in patterns:
-            if Path(pattern).is_dir():
-                paths.extend(_files_below(Path(pattern).absolute()))
-                continue
-            matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
-            named = [Path(match).absolute() for match in matches if not Path(match).is_dir()]
-            if not named:
-                raise SourceError(
-                    f"{pattern}: no such file or directory, and no file matches it",
-                    next_step="check the path given with --dataset",
-                )
-            paths.extend(named)
-        _refuse_unknown(map(str, paths))
+        try:
+            if len(patterns) == 1 and Path(patterns[0]).is_dir():
+                root = Path(patterns[0]).absolute()
+                return root, self._below(root)
+            paths: list[Path] = []
+            for pattern in patterns:
+                if Path(pattern).is_dir():
+                    paths.extend(self._below(Path(pattern).absolute()))
+                else:
+                    named = _named(pattern)
+                    refuse_unknown(map(str, named))
+                    paths.extend(named)
+        except OSError as error:
+            raise SourceError(
+                f"{error.filename}: cannot be listed: {error.strerror}",
+                next_step="make the folder readable, or name the files that are meant with --dataset",
+            ) from None
+        paths, repeated = once(paths)
+        self._note_repeated([str(path) for path in repeated])
         return Path(os.path.commonpath([path.parent for path in paths])), paths
 
+    def _below(self, root: Path) -> list[Path]:
+        listing = walk(root)
+        readme = root / "README.md"
+        card = _card(readme) if "README.md" in listing.files else None
+        chosen, notes = choose(_name(root), map(_checked_name, [*listing.files, *listing.hidden]), card)
+        self.notes += notes
+        self._note_repeated(listing.repeated)
+        return [root / path for path in chosen]
 
-def _files_below(root: Path) -> list[Path]:
-    """Every file that is named like one of ours, links followed; a dangling one is found to be so later."""
-    found: list[str] = []
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in seen]
-        seen.update(os.path.realpath(f"{folder}/{name}") for name in folders)
-        found.extend(os.path.join(folder, name) for name in names)  # noqa: PTH118  # names are many
-    return [Path(path) for path in _first_format(str(root), found)]
+    def _note_repeated(self, links: list[str]) -> None:
+        if links:
+            self.notes.append(f"left out are links to what is read already, {len(links):,}: {listed(links)}")
+
+
+def _named(pattern: str) -> list[Path]:
+    """The file of that name, else those that a glob means."""
+    if Path(pattern).is_file():
+        return [Path(pattern).absolute()]
+    found = expand(pattern) if MAGIC.search(pattern) else []
+    if not found:
+        hub = f"; for the data set of the hub, give hf://datasets/{pattern}" if _HUB_NAME.fullmatch(pattern) else ""
+        raise SourceError(
+            f"{_shown(pattern)}: no such file or directory, and no file matches it",
+            next_step=f"check the path given with --dataset{hub}",
+        )
+    return found
+
+
+def _name(path: Path) -> str:
+    return _checked_name(path.as_posix())
+
+
+def _checked_name(name: str) -> str:
+    """A file's name, which records can hold.
+
+    Raises:
+        SourceError: it is not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(
+            f"{_shown(name)}: the name is not UTF-8", next_step="rename the file or folder, or leave it out with a glob"
+        ) from None
+    return name
+
+
+def _shown(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _card(readme: Path) -> dict[str, Any]:
+    """What a repository's `README.md` says of its files; empty if it has no YAML."""
+    try:
+        text = readme.read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    return hub.card_of(text) if text.startswith("---") else {}
 
 
 class _Remote:
@@ -265,6 +292,7 @@ class _Remote:
     """Attributes that stay in this process."""
 
     def __init__(self) -> None:
+        self.notes: list[str] = []
         self.connect()
 
     def require_unchanged(self, file: SourceFile) -> None:
@@ -329,14 +357,14 @@ class _WebFiles(_Remote):
                     f"{path}: named by two URLs that differ only in what is not recorded",
                     next_step="give each file a path of its own, or download them first",
                 )
-        _refuse_unknown(self._urls)
+        refuse_unknown(self._urls)
 
-    def files(self) -> list[SourceFile]:
+    def files(self, only: Collection[str] | None = None) -> list[SourceFile]:
         found = []
         for path, url in sorted(self._urls.items()):
             head = self.asked(f"{self.name}/{path}", lambda url=url: self.http.head(url))  # type: ignore[misc]
             # A weak ETag is no identity of bytes.
-            strong = head.etag if head.etag and not head.etag.startswith("W/") else None
+            strong = head.etag if head.etag and not etags.is_weak(head.etag) else None
             found.append(SourceFile(path, head.nbytes, strong))
         return found
 
@@ -358,7 +386,19 @@ class _HubFiles(_Remote):
     def __init__(self, dataset: str, options: StoreOptions) -> None:
         super().__init__()
         name, revision, self._path = _hub_parts(dataset)
-        self._repository = hub.open_dataset(name, options.revision or revision, self.retrier)
+        retrier = self.retrier
+        if "://" not in dataset:  # it may be a path that was mistyped: say so, and do not wait for a network for long
+            log.warning("%s: no such file or directory here; asking the hub for hf://datasets/%s", dataset, dataset)
+            retrier = Retrier(tries=2)
+        try:
+            self._repository = hub.open_dataset(name, options.revision or revision, retrier)
+        except SourceError as error:
+            if retrier is self.retrier:
+                raise
+            raise SourceError(
+                f"{dataset}: no such file or directory; and as hf://datasets/{dataset}: {error.message}",
+                next_step=f"check the path given with --dataset; if the hub is meant: {error.next_step}",
+            ) from None
         self.revision: str | None = self._repository.commit
         self.name = f"hf://datasets/{name}@{self.revision}"
 
@@ -369,16 +409,24 @@ class _HubFiles(_Remote):
         """Where the hub sent us for a file; saves asking it again for every range."""
         self._lock = threading.Lock()
 
-    def files(self) -> list[SourceFile]:
+    def files(self, only: Collection[str] | None = None) -> list[SourceFile]:
         by_path = {file.path: file for file in self._repository.files}
         place = f"{self.name}/{self._path}".rstrip("/")
-        if _MAGIC.search(self._path):
+        if only is not None:
+            chosen = [path for path in only if path in by_path]
+        elif self._path in by_path:
+            refuse_unknown([self._path])
+            chosen = [self._path]
+        elif MAGIC.search(self._path):
             chosen = matching(self._path, by_path)
-            _refuse_unknown(chosen)
-        elif self._path:
-            chosen = _first_format(place, _below(self._path, by_path))
+            refuse_unknown(chosen)
         else:
-            chosen = _first_format(place, train_files(self._repository.name, self._repository.card, by_path))
+            below = f"{self._path}/" if self._path else ""
+            inside = [path.removeprefix(below) for path in by_path if path.startswith(below)]
+            if not inside:
+                raise SourceError(f"{place}: no file there", next_step="check the path in the repository")
+            found, self.notes = choose(place, inside, {} if below else self._repository.card)
+            chosen = [below + path for path in found]
         if not chosen:
             raise SourceError(f"{place}: no file there", next_step="check the path in the repository")
         return [SourceFile(path, by_path[path].nbytes, by_path[path].etag) for path in sorted(chosen)]
@@ -395,7 +443,13 @@ class _HubFiles(_Remote):
                 with self._lock:
                     self._elsewhere.pop(file.path, None)
         url = self._repository.url(file.path)
-        data, final = self.http.read(url, offset, nbytes, total=file.nbytes, headers=self._headers)
+        try:
+            data, final = self.http.read(url, offset, nbytes, total=file.nbytes, headers=self._headers)
+        except AnswerError as error:
+            if error.status != 403 or error.host in ("", urllib.parse.urlsplit(url).netloc):
+                raise hub.explained(error, self._repository.name) from None
+            # The content network refuses what the hub has just signed: a signature that was too old, or not yet known.
+            data, final = self.http.read(url, offset, nbytes, total=file.nbytes, headers=self._headers)
         if urllib.parse.urlsplit(final).netloc != urllib.parse.urlsplit(url).netloc:
             with self._lock:
                 self._elsewhere[file.path] = final
@@ -415,11 +469,6 @@ def _hub_parts(dataset: str) -> tuple[str, str | None, str]:
     return match[1], revision, (match[3] or "").strip("/")
 
 
-def _below(path: str, paths: Iterable[str]) -> list[str]:
-    """The file of that path, or all below that folder."""
-    return [other for other in paths if other == path or other.startswith(path.rstrip("/") + "/") or not path]
-
-
 class _BucketFiles(_Remote):
     """Objects of a bucket: one, all below a prefix, or those that a glob means."""
 
@@ -428,26 +477,27 @@ class _BucketFiles(_Remote):
     revision: str | None = None
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        name, _, key = url.partition("://")[2].partition("/")
-        if not name:
-            raise SourceError(f"{url}: expected s3://BUCKET/PREFIX", next_step="correct --dataset")
+        name, key = bucket_and_key(url, SourceError, "correct --dataset")
         self._place = name, options.endpoint_url, options.anonymous
         super().__init__()
-        magic = _MAGIC.search(key)
+        magic = MAGIC.search(key)
         fixed = key[: magic.start()].rpartition("/")[0] if magic else key.rstrip("/")
-        listed = self.asked(url, lambda: list(self._bucket.objects(fixed)))
-        if magic:
-            keys = set(matching(key, [each.key for each in listed]))
-            found = [each for each in listed if each.key in keys]
+        listed = self._bucket.objects(fixed, lambda page: self.asked(url, page))
+        objects = {each.key: each for each in listed if each.nbytes or not each.key.endswith("/")}
+        self._is_named = True
+        if key in objects:
+            keys = [key]
+        elif magic:
+            keys = matching(key, objects)
         else:
-            found = [each for each in listed if each.key in _below(fixed, [each.key])]
-        self._objects = {each.key: each for each in found if each.nbytes or not each.key.endswith("/")}
-        if not self._objects:
+            self._is_named = False
+            keys = [other for other in objects if other.startswith(f"{fixed}/") or not fixed]
+        if not keys:
             raise SourceError(f"{url}: no object there", next_step="check the name, and --endpoint-url")
-        self._is_named = key in self._objects or magic is not None
         if self._is_named:
-            _refuse_unknown(self._objects)
-            fixed = os.path.commonpath([os.path.dirname(other) for other in self._objects])  # noqa: PTH120
+            refuse_unknown(keys)
+            fixed = _common_folder(keys)
+        self._objects = {key: objects[key] for key in keys}
         self._prefix = f"{fixed}/" if fixed else ""
         self.name = f"s3://{name}/{fixed}".rstrip("/")
 
@@ -459,9 +509,16 @@ class _BucketFiles(_Remote):
         opened = functools.partial(Bucket, name, self.http, endpoint_url=endpoint_url, anonymous=anonymous)
         self._bucket = self.asked(f"s3://{name}", opened)
 
-    def files(self) -> list[SourceFile]:
+    def files(self, only: Collection[str] | None = None) -> list[SourceFile]:
         by_path = {key.removeprefix(self._prefix): found for key, found in self._objects.items()}
-        chosen = list(by_path) if self._is_named else _first_format(self.name, by_path)
+        if only is not None:
+            chosen = [path for path in only if path in by_path]
+        elif self._is_named:
+            chosen = list(by_path)
+        else:
+            chosen, self.notes = choose(self.name, by_path)
+        for path in chosen:
+            _refuse_dots(self.name, path)
         return [SourceFile(path, by_path[path].nbytes, by_path[path].etag) for path in sorted(chosen)]
 
     def open(self, file: SourceFile, planned: Iterable[tuple[int, int]] = ()) -> RemoteFile:
@@ -469,3 +526,35 @@ class _BucketFiles(_Remote):
 
         found = S3Object(self._prefix + file.path, file.nbytes, file.etag or "")
         return self.opened(file, lambda offset, nbytes: self._bucket.read(found, offset, nbytes), planned)
+
+
+def bucket_and_key(url: str, kind: type[TokenmillError], next_step: str) -> tuple[str, str]:
+    """The parts of `s3://BUCKET/KEY`.
+
+    Raises:
+        TokenmillError: of that kind, where there is no bucket, or something that cannot be one.
+    """
+    name, _, key = url.partition("://")[2].partition("/")
+    if re.search(r"[@:]", name) or redacted_url(url) != url:
+        raise kind(
+            f"{redacted_url(url)}: a URL must hold no credentials",
+            next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and give s3://BUCKET/PREFIX",
+        )
+    if not name:
+        raise kind(f"{url}: expected s3://BUCKET/PREFIX", next_step=next_step)
+    return name, key
+
+
+def _common_folder(keys: Sequence[str]) -> str:
+    """The longest `/`-separated beginning that all keys share, without their last parts."""
+    folders = [key.split("/")[:-1] for key in keys]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in shared)
+
+
+def _refuse_dots(name: str, path: str) -> None:
+    if any(part in (".", "..") for part in path.split("/")):
+        raise SourceError(
+            f"{name}/{path}: a name with '.' or '..' between slashes cannot be asked for over HTTP",
+            next_step="rename the object, or leave it out with a glob",
+        )

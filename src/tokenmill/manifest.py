@@ -125,6 +125,10 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Versions that made the last shards."""
     files: list[FileRecord]
     """In path order."""
+    source_rules: int = 1
+    """By which the files of the corpus were chosen (`choice.RULES`)."""
+    notes: list[str] = []
+    """What a user should know of the corpus and the tokenizer: what was left out, which engine encoded and why."""
     source_revision: str | None = None
     """The commit that was read, if the corpus is a hub's."""
     shards: list[ShardRecord] = []

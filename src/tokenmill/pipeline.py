@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ import msgspec
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
+from tokenmill.choice import RULES, format_of
 from tokenmill.driver import Driver, Show, Site
-from tokenmill.encode import Encoder
+from tokenmill.encode import Encoder, ProbeError
 from tokenmill.engine import ClusterEngine, ThreadEngine, available_cores
 from tokenmill.errors import StorageError
 from tokenmill.locations import without_secrets
@@ -46,6 +48,9 @@ from tokenmill.tokenizer import load_tokenizer
 from tokenmill.tokens_file import TokensFile, forget, reopen, require_defined
 from tokenmill.uploads import Sender
 from tokenmill.writer import Recorder, Writer
+
+say = logging.getLogger("tokenmill.say")
+"""What a user should see at once."""
 
 _NO_OPTIONS = StoreOptions()
 
@@ -87,6 +92,8 @@ class Summary(msgspec.Struct, kw_only=True):
     remade: list[str]
     """Files of an earlier run that were missing or not what the manifest says."""
     uploaded_to: str | None = None
+    notes: list[str] = []
+    """What a user should know of the corpus and the tokenizer."""
     proof: Proof | None = None
     """Of `tokens.bin` and `sample_ids.bin`, where there are such."""
 
@@ -98,6 +105,11 @@ class Prepared(NamedTuple):
     """`dtype` and `eos_token` resolved."""
     corpus: Corpus
     encoder: Encoder
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of what was found."""
+        return [*self.corpus.notes, *self.encoder.notes]
 
 
 class Workload(NamedTuple):
@@ -131,24 +143,29 @@ class _Job(NamedTuple):
 
 
 def prepare(
-    recipe: Recipe, *, engine_tokenizer: str = "auto", revision: str | None = None, store: StoreOptions = _NO_OPTIONS
+    recipe: Recipe,
+    *,
+    engine_tokenizer: str = "auto",
+    revision: str | None = None,
+    store: StoreOptions = _NO_OPTIONS,
+    only: Sequence[str] | None = None,
 ) -> Prepared:
     """Find the corpus, load the tokenizer, resolve what the recipe leaves open.
 
     Args:
         revision: the commit of the tokenizer's repository; None takes what its name says.
         store: how to reach the corpus.
+        only: files of the corpus, if it was chosen before; None lets `choice` choose.
 
     Raises:
         RecipeError, SourceError, TokenizerError: as those stages say.
     """
     recipe = checked(recipe)
-    corpus = find_corpus(recipe.dataset, recipe.text_column, recipe.text_separator, store)
+    corpus = find_corpus(recipe.dataset, recipe.text_column, recipe.text_separator, store, only=only)
     tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
-    dtype = layout.smallest_dtype(tokenizer.vocab_size) if recipe.dtype == "auto" else recipe.dtype
-    encoder = Encoder(tokenizer, engine=engine_tokenizer, special_in_text=recipe.special_in_text, dtype=dtype)
+    encoder = Encoder(tokenizer, engine=engine_tokenizer, special_in_text=recipe.special_in_text, dtype=recipe.dtype)
     dataset = without_secrets(recipe.dataset)
-    resolved = msgspec.structs.replace(recipe, dataset=dataset, dtype=dtype, eos_token=tokenizer.eos_token)
+    resolved = msgspec.structs.replace(recipe, dataset=dataset, dtype=encoder.dtype.name, eos_token=tokenizer.eos_token)
     return Prepared(resolved, corpus, encoder)
 
 
@@ -163,7 +180,12 @@ def plan(
 ) -> tuple[Prepared, Preflight]:
     """What `pretokenize` would do, without doing it; raises what it would raise before it begins."""
     manifest, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
-    _ = prepared.encoder.probe  # what a run would stop at
+    try:
+        prepared.encoder.require_equal_engines()
+    except ProbeError:
+        if engine_tokenizer != "auto":
+            raise
+        manifest, prepared = _agree(recipe, root, "hf", store, consolidated=consolidated)
     done_tokens = manifest.tokens if manifest else 0
     return prepared, preflight(*prepared, root, workers=workers or available_cores(), done_tokens=done_tokens)
 
@@ -208,12 +230,49 @@ def pretokenize(
     Raises:
         TokenmillError: one of `errors.py`; finished shards stay and the same call goes on from them.
     """
-    started = time.monotonic()
     root = Path(root)
     storage.make_root(root)
     if engine is not None:
         workers = engine.workers
-    workload = Workload(workers or available_cores(), span_rows, on_bad_rows)
+    attempt = functools.partial(
+        _attempt,
+        recipe,
+        root,
+        Workload(workers or available_cores(), span_rows, on_bad_rows),
+        consolidated=consolidated,
+        id_scheme=id_scheme,
+        store=store,
+        upload_to=upload_to,
+        keep_local=keep_local,
+        engine=engine,
+        show=show,
+        begin=begin,
+    )
+    try:
+        return attempt(engine_tokenizer)
+    except ProbeError as error:  # raised before anything is made
+        if engine_tokenizer != "auto":
+            raise
+        say.warning("%s; HF tokenizers encodes instead, about ten times slower", error.message)
+        return attempt("hf")
+
+
+def _attempt(
+    recipe: Recipe,
+    root: Path,
+    workload: Workload,
+    engine_tokenizer: str,
+    *,
+    consolidated: bool,
+    id_scheme: layout.IdScheme | None,
+    store: StoreOptions,
+    upload_to: str | None,
+    keep_local: bool,
+    engine: ClusterEngine | None,
+    show: Show,
+    begin: Callable[[Preflight], None],
+) -> Summary:
+    started = time.monotonic()
     with storage.held(root), _held(engine, root, upload_to):
         begun, prepared = _agree(recipe, root, engine_tokenizer, store, consolidated=consolidated)
         manifest = begun or _new_manifest(prepared)
@@ -283,6 +342,7 @@ def _send_shard(job: _Job, record: ShardRecord) -> None:
     job.destination.sender.send_file(here.file(shard), record.sha256)
     if not job.destination.keep_local:
         _remove(job.root, shard, documents)
+        job.destination.sender.note_gone(shard, documents)
 
 
 def _remove(root: Path, *names: str) -> None:
@@ -297,8 +357,11 @@ def _send_all(job: _Job) -> None:
         return
     job.destination.sender.send(FolderStore(job.root).files())
     if not job.destination.keep_local:
-        for record in job.manifest.shards:
-            _remove(job.root, layout.shard_name(record.index), layout.documents_name(record.index))
+        names = [
+            name(record.index) for record in job.manifest.shards for name in (layout.shard_name, layout.documents_name)
+        ]
+        _remove(job.root, *names)
+        job.destination.sender.note_gone(*names)
 
 
 def _pretokenize_consolidated(
@@ -356,8 +419,21 @@ def _agree(
         manifest = None
     if manifest is not None and manifest.recipe.dataset == without_secrets(recipe.dataset):
         store = store._replace(revision=manifest.source_revision)
-    prepared = prepare(recipe, engine_tokenizer=engine_tokenizer, revision=_pinned(manifest, recipe), store=store)
+    chosen_before = manifest is not None and manifest.source_rules < RULES
+    prepared = prepare(
+        recipe,
+        engine_tokenizer=engine_tokenizer,
+        revision=_pinned(manifest, recipe),
+        store=store,
+        only=[file.path for file in manifest.files] if manifest is not None and chosen_before else None,
+    )
     refuse_inside(root, prepared.recipe, prepared.corpus)
+    encoder = prepared.encoder
+    if manifest is not None and encoder.notes and "gigatoken" in manifest.software.get("engine", ""):
+        encoder.notes.append(
+            f"{root}: its shards so far were encoded by {manifest.software['engine']}, which is no longer trusted with "
+            "this tokenizer: prove them with tokenmill verify --deep"
+        )
     if manifest is not None:
         refuse_other(root, manifest, *prepared)
         refuse_other_form(root, manifest, manifests.load_consolidated(root), consolidated=consolidated)
@@ -373,6 +449,7 @@ def _pinned(manifest: Manifest | None, recipe: Recipe) -> str | None:
 
 def _check(job: _Job) -> Preflight:
     """What must hold before a byte is written; then the data root is ours."""
+    job.prepared.encoder.require_equal_engines()
     agree_on_probe(job.root, job.manifest, job.prepared.encoder)
     figures = preflight(*job.prepared, job.root, workers=job.workload.workers, done_tokens=job.manifest.tokens)
     if job.engine is None or _stays(job):  # else nothing comes here but the manifest
@@ -419,8 +496,26 @@ def _summary(
         engine=job.prepared.encoder.engine.version,
         remade=list(remade),
         uploaded_to=job.destination.sender.name if job.destination else None,
+        notes=[*job.prepared.notes, *_after_notes(job)],
         proof=proof,
     )
+
+
+def _after_notes(job: _Job) -> list[str]:
+    """What shows only when the corpus was read."""
+    recipe, manifest = job.prepared.recipe, job.manifest
+    notes = []
+    texts = [file for file in manifest.files if format_of(file.path) == "text"]
+    if recipe.text_separator is not None and texts and all(file.rows is not None and file.rows <= 1 for file in texts):
+        notes.append(
+            f"--text-separator {recipe.text_separator!r} divides none of {len(texts):,} text files: each is one document"
+        )
+    if recipe.total_tokens is not None and manifest.tokens < recipe.total_tokens:
+        notes.append(
+            f"--total-tokens {recipe.total_tokens:,}: the corpus ended after {manifest.tokens:,} tokens, "
+            f"{recipe.total_tokens - manifest.tokens:,} short of that"
+        )
+    return notes
 
 
 def _new_manifest(prepared: Prepared) -> Manifest:
@@ -439,6 +534,8 @@ def _new_manifest(prepared: Prepared) -> Manifest:
         ),
         software=_software(encoder),
         files=[FileRecord(file.path, file.nbytes, etag=file.etag) for file in corpus.files],
+        source_rules=RULES,
+        notes=prepared.notes,
         source_revision=corpus.location.revision,
     )
 

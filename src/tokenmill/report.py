@@ -86,7 +86,11 @@ def transfer_lines(result: Transfer) -> list[str]:
         f"{result.source} \u2192 {result.target}: {_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB{speed}; "
         f"{there} there already"
     ]
-    proofs = {"sha256": "SHA-256 of the manifest", "etag": "the store's ETag", "size": "nothing but their size"}
+    proofs = {
+        "sha256": "SHA-256 of the manifest",
+        "etag": "the store's ETag",
+        "twice": "a second reading, which gave the same: the store tells nothing of the bytes",
+    }
     for name, what in proofs.items():
         if count := sum(file.checked == name for file in result.files):
             lines.append(f"{_plural(count, 'file')} compared with {what}")

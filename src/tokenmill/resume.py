@@ -68,15 +68,21 @@ def agree_on_probe(root: Path, manifest: Manifest, encoder: Encoder) -> None:
 
     Raises:
         TokenizerError: other ids.
-        AuditError: the engines disagree on them.
     """
-    if not manifest.tokenizer.probe:
-        manifest.tokenizer.probe = encoder.probe
-    if manifest.tokenizer.probe != encoder.probe:
+    recorded = manifest.tokenizer.probe
+    if not recorded:
+        recorded = manifest.tokenizer.probe = encoder.probe
+    if encoder.ids_of(recorded) != recorded:
         raise TokenizerError(
             f"{root}: {encoder.engine.version} no longer gives the ids it gave when this data root was begun "
             f"(with {manifest.software.get('engine')})",
             next_step="install the versions named under software in manifest.json, then run again",
+        )
+    if encoder.tokenizer.eos_id != manifest.tokenizer.eos_id:
+        raise TokenizerError(
+            f"{root}: its documents end in id {manifest.tokenizer.eos_id}, but {encoder.engine.version} gives "
+            f"{encoder.tokenizer.eos_token!r} the id {encoder.tokenizer.eos_id}",
+            next_step="start in another directory: what was made here is wrong",
         )
 
 

@@ -8,17 +8,21 @@ themselves travel by `http.py` over signed URLs, so that one place decides what 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+from tokenmill import etags
+from tokenmill.certificates import CANNOT_VERIFY, ca_bundle
 from tokenmill.errors import StorageError
 from tokenmill.http import CONNECT_SECONDS, CONNECTIONS, STALL_SECONDS, HttpClient
-from tokenmill.retry import AnswerError, TransientError, is_transient
+from tokenmill.retry import AnswerError, TransientError, is_limit, is_transient, stated_wait
 
 T = TypeVar("T")
+
+Ask = Callable[[Callable[[], Any]], Any]
+"""Runs a request, and again where it may succeed at the next try."""
 
 _SIGNED_SECONDS = 3600
 
@@ -29,7 +33,7 @@ class S3Object(NamedTuple):
     key: str
     nbytes: int
     etag: str
-    """As listed, quotes included."""
+    """In canonical form (`etags.canonical`)."""
 
 
 class UploadedPart(NamedTuple):
@@ -55,29 +59,36 @@ class Bucket:
         self._http = http
         self._endpoint_url, self._anonymous = endpoint_url, anonymous
         self._client = _client(endpoint_url, anonymous, None)
+        self._is_canonical = True
+        """Whether the store writes ETags as we do, so that it can be asked for an object of that ETag."""
         self._signer: Any = None
         """A client of the bucket's own region, once that was asked for."""
 
-    def objects(self, prefix: str) -> Iterator[S3Object]:
-        """Objects whose key begins with `prefix`, by key."""
+    def objects(self, prefix: str, ask: Ask) -> Iterator[S3Object]:
+        """Objects whose key begins with `prefix`, by key; `ask` tries each page again where that is worth it."""
         token: dict[str, str] = {}
         while True:
-            page, token = self._tried(functools.partial(self._page, prefix, token))
+            page, token = ask(functools.partial(self._tried, functools.partial(self._page, prefix, token)))
             yield from page
             if not token:
                 return
 
     def _page(self, prefix: str, token: dict[str, str]) -> tuple[list[S3Object], dict[str, str]]:
         page = self._client.list_objects_v2(Bucket=self.name, Prefix=prefix, **token)
-        found = [S3Object(entry["Key"], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ())]
+        found = [S3Object(entry["Key"], entry["Size"], self._etag(entry)) for entry in page.get("Contents", ())]
         return found, {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else {}
+
+    def _etag(self, answer: dict[str, Any]) -> str:
+        found = etags.canonical(answer["ETag"])
+        self._is_canonical = self._is_canonical and found == answer["ETag"]
+        return found
 
     def head(self, key: str) -> S3Object | None:
         """An object; None if there is none of that key."""
 
         def found() -> S3Object:
             answer = self._client.head_object(Bucket=self.name, Key=key)
-            return S3Object(key, answer["ContentLength"], answer["ETag"])
+            return S3Object(key, answer["ContentLength"], self._etag(answer))
 
         try:
             return self._tried(found)
@@ -87,7 +98,7 @@ class Bucket:
             raise
 
     def first_part_nbytes(self, key: str) -> int | None:
-        """Size of the parts an object was uploaded in; None where the store does not say."""
+        """Size of the parts an object was uploaded in; None where the store does not say, or refuses the question."""
 
         def found() -> int | None:
             answer = self._client.head_object(Bucket=self.name, Key=key, PartNumber=1)
@@ -101,11 +112,12 @@ class Bucket:
     def read(self, found: S3Object, offset: int, nbytes: int, into: bytearray | None = None) -> bytearray:
         """Bytes of an object (see `HttpClient.read`) that is still the one found; raises ChangedError if not."""
         url = self._sign("get_object", Key=found.key)
-        return self._http.read(url, offset, nbytes, total=found.nbytes, etag=found.etag, into=into)[0]
+        etag = found.etag if self._is_canonical else f"W/{found.etag}"  # compared with the answer's, not asked for
+        return self._http.read(url, offset, nbytes, total=found.nbytes, etag=etag, into=into)[0]
 
     def put(self, key: str, data: bytes) -> str:
         """Store a whole object; its ETag."""
-        return self._http.put(self._sign("put_object", Key=key), data)
+        return etags.canonical(self._http.put(self._sign("put_object", Key=key), data))
 
     def delete(self, key: str) -> None:
         self._tried(lambda: self._client.delete_object(Bucket=self.name, Key=key))
@@ -145,19 +157,20 @@ class Bucket:
 
     def _parts_page(self, key: str, upload: str, marker: int) -> tuple[list[UploadedPart], bool]:
         page = self._client.list_parts(Bucket=self.name, Key=key, UploadId=upload, PartNumberMarker=marker)
-        found = [UploadedPart(entry["PartNumber"], entry["Size"], entry["ETag"]) for entry in page.get("Parts", ())]
+        found = [UploadedPart(each["PartNumber"], each["Size"], self._etag(each)) for each in page.get("Parts", ())]
         return found, bool(page["IsTruncated"])
 
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         """Send a part; its ETag."""
-        return self._http.put(self._sign("upload_part", Key=key, UploadId=upload, PartNumber=number), data)
+        signed = self._sign("upload_part", Key=key, UploadId=upload, PartNumber=number)
+        return etags.canonical(self._http.put(signed, data))
 
     def complete_upload(self, key: str, upload: str, parts: list[UploadedPart]) -> str:
         """Make the parts an object; its ETag."""
         listed = {"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]}
         complete = self._client.complete_multipart_upload
         return self._tried(
-            lambda: str(complete(Bucket=self.name, Key=key, UploadId=upload, MultipartUpload=listed)["ETag"])
+            lambda: self._etag(complete(Bucket=self.name, Key=key, UploadId=upload, MultipartUpload=listed))
         )
 
     def abort_upload(self, key: str, upload: str) -> None:
@@ -197,9 +210,12 @@ class Bucket:
             metadata = error.response.get("ResponseMetadata", {})
             status, code = int(metadata.get("HTTPStatusCode", 0)), str(error.response.get("Error", {}).get("Code", ""))
             if is_transient(status, code):
-                after = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
-                raise TransientError(f"HTTP {status} {code}", float(after) if after.isdecimal() else 0.0) from None
-            raise AnswerError(status, code) from None
+                wait = stated_wait(metadata.get("HTTPHeaders", {}))
+                raise TransientError(f"HTTP {status} {code}", wait, limited=is_limit(status, code)) from None
+            raise AnswerError(status, code, code=code) from None
+        except exceptions.SSLError:
+            host = urllib.parse.urlsplit(self._client.meta.endpoint_url).netloc
+            raise AnswerError(0, f"no trusted connection to {host}: SSLError", next_step=CANNOT_VERIFY) from None
         except (exceptions.HTTPClientError, exceptions.ConnectionError, parsers.ResponseParserError) as error:
             raise TransientError(type(error).__name__) from None
         except (KeyError, ValueError) as error:
@@ -236,20 +252,10 @@ def _client(endpoint_url: str | None, anonymous: bool, region: str | None) -> An
         session = botocore.session.get_session()
         # AWS_REGION is what the other SDKs read; botocore knows AWS_DEFAULT_REGION and profiles.
         region = region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
-        return session.create_client("s3", region_name=region, endpoint_url=endpoint_url, config=config)
+        verify = ca_bundle(session.get_config_variable("ca_bundle"))
+        return session.create_client("s3", region_name=region, endpoint_url=endpoint_url, config=config, verify=verify)
     except (BotoCoreError, ValueError) as error:
         raise StorageError(
             f"s3: {next(iter(str(error).splitlines()), '')}",
             next_step="check --endpoint-url (for example https://s3.example.org), AWS_PROFILE and AWS_REGION",
         ) from None
-
-
-def md5_etag(data: bytes | bytearray | memoryview) -> str:
-    """The ETag of an object stored whole, or of a part, where the store makes it of the bytes (most do)."""
-    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
-
-
-def parts_etag(etags: list[str]) -> str:
-    """The ETag of an object made of parts with these."""
-    digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
-    return f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(etags)}"'

@@ -6,11 +6,12 @@ A corpus is a list of files in path order, each read by the reader of its format
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from tokenmill.choice import format_of
 from tokenmill.errors import SourceError
-from tokenmill.locations import Location, SourceFile, format_of, locate
+from tokenmill.locations import Location, SourceFile, locate
 from tokenmill.options import StoreOptions
 from tokenmill.source_parquet import ParquetFile
 from tokenmill.source_stream import ArrowFile, JsonLinesFile, TextFile
@@ -24,6 +25,11 @@ class Corpus(NamedTuple):
     files: tuple[SourceFile, ...]
     text_column: str
     text_separator: str | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of it, in words."""
+        return self.location.notes
 
     def open(self, index: int, *, span_rows: int | None = None) -> SpanReader:
         """Open a file of the corpus to plan and read its spans.
@@ -53,14 +59,16 @@ def find_corpus(
     text_column: str = "text",
     text_separator: str | None = None,
     options: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
+    *,
+    only: Collection[str] | None = None,
 ) -> Corpus:
-    """The files that `dataset` means (see `locations.locate`).
+    """The files that `dataset` means (see `locations.locate`); or, of these, those of the paths in `only`.
 
     Raises:
         SourceError: nothing there, or nothing in it.
     """
     location = locate([dataset] if isinstance(dataset, str) else list(dataset), options)
-    files = tuple(location.files())
+    files = tuple(location.files(only))
     if not files:
         raise SourceError(f"{location.name}: no files in it", next_step="check --dataset")
     return Corpus(location, files, text_column, text_separator)

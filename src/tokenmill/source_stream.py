@@ -6,7 +6,11 @@ into spans; parsing a span is left to whoever reads it.
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import threading
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Generic, TypeVar
@@ -122,6 +126,7 @@ class StreamedFile(ABC, Generic[C]):
             rows, piece = next(self._pieces)
         except StopIteration:
             self.rows = self._next_row
+            self._at_end()
             return None
         except SourceError as error:
             self._error = error  # for those who ask after this
@@ -129,9 +134,12 @@ class StreamedFile(ABC, Generic[C]):
         except FileNotFoundError:
             self._error = gone(self.name)
             raise self._error from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             after = f"after row {self._next_row}" if self._next_row else "at its beginning"
-            self._error = SourceError(f"{self.name}: cannot be read {after}: {first_line(error)}", next_step=MEND)
+            reason, step = first_line(error), MEND
+            if "too much memory" in reason or "indow" in reason:
+                step = "compress it again with a smaller window: zstd -d --long=31 FILE, then zstd without --long"
+            self._error = SourceError(f"{self.name}: cannot be read {after}: {reason}", next_step=step)
             raise self._error from None
         span = Span(self._next_row, rows, self._next_unit)
         if self._wanted is None or span in self._wanted:
@@ -140,6 +148,9 @@ class StreamedFile(ABC, Generic[C]):
         self._next_row += rows
         self._next_unit += 1
         return span
+
+    def _at_end(self) -> None:
+        """Called when all rows were found; may raise what is wrong with the file as a whole."""
 
     @abstractmethod
     def _read_through(self) -> Any:
@@ -163,7 +174,7 @@ class _Delimited(StreamedFile[list[bytes]]):
         whole = [(0, self._nbytes)]
         compression = next((kind for end, kind in _COMPRESSIONS.items() if self.name.lower().endswith(end)), None)
         with pa.input_stream(native(self._opener(whole)), compression=None) as self._raw:
-            stream = pa.CompressedInputStream(self._raw, compression) if compression and self._nbytes else self._raw
+            stream = _decompressed(self._raw, compression)
             kept = b""
             first = True
             while data := stream.read(_READ_NBYTES if self.delimiter is not None else None):
@@ -192,32 +203,123 @@ class _Delimited(StreamedFile[list[bytes]]):
         return int(self._raw.tell())
 
 
+def _decompressed(raw: pa.NativeFile, compression: str | None) -> Any:
+    """Something whose `read` gives the content of a file."""
+    if compression == "gzip":
+        # Python's reader knows that tapes and tools pad with zeros, and takes an end that is missing for an error.
+        return gzip.GzipFile(fileobj=io.BufferedReader(_PythonFile(raw), _READ_NBYTES))  # type: ignore[arg-type]
+    return pa.CompressedInputStream(raw, compression) if compression else raw
+
+
+class _PythonFile(io.RawIOBase):
+    """An Arrow file as Python's own modules read one."""
+
+    def __init__(self, raw: pa.NativeFile) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        return int(self._raw.readinto(buffer))
+
+
 class JsonLinesFile(_Delimited):
     """One JSON object a line, the text in one of its fields; a line is a row, an empty one has no text.
 
     A field that is missing or null is a row without text. What is no JSON object, or has no string in
-    that field, is bad.
+    that field, is bad. A file that has the field in no line at all is refused.
     """
 
     delimiter = b"\n"
 
     def __init__(self, name: str, opener: Opener, nbytes: int, text_column: str, span_rows: int | None = None) -> None:
-        line = msgspec.defstruct("Line", [("text", str | None, None)], rename={"text": text_column})
+        kind: Any = str | None | msgspec.UnsetType
+        line = msgspec.defstruct("Line", [("text", kind, msgspec.UNSET)], rename={"text": text_column})
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(line).decode
+        self._field = text_column
+        self._parsed_rows = self._rows_with_field = 0
+        self._other_fields: list[str] = []
+        """Of the first line that lacks the field."""
         super().__init__(name, opener, nbytes, span_rows)
 
     def _parse(self, piece: list[bytes], span: Span) -> Texts:
         texts: list[str | None] = []
         bad: dict[int, str] = {}
+        lacking = blank = 0
         for row, line in enumerate(piece):
-            text = None
+            text: str | msgspec.UnsetType | None = ""
             try:
-                text = self._decode(line).text if line and not line.isspace() else ""
-            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+                if line and not line.isspace():
+                    text = self._text_of(line)
+                else:
+                    blank += 1
+            except (ValueError, RecursionError) as error:
                 text = None
                 bad[row] = f"line {span.first_row + row + 1}: {first_line(error)}"
+            if text is msgspec.UNSET:
+                lacking += 1
+                self._other_fields = self._other_fields or _fields_of(line)
+                text = None
             texts.append(text)
+        with self._lock:
+            self._parsed_rows += len(piece)
+            self._rows_with_field += len(piece) - lacking - blank
+        if self.rows is not None:
+            self._at_end()
         return Texts(pa.array(texts, pa.large_string()), bad)
+
+    def _text_of(self, line: bytes) -> str | msgspec.UnsetType | None:
+        """The value of the field; UNSET if it is missing.
+
+        Raises:
+            ValueError: not a JSON object, or no string in that field.
+        """
+        try:
+            text: str | msgspec.UnsetType | None = self._decode(line).text
+        except (msgspec.DecodeError, UnicodeError):
+            # What is wrong may be in another field: NaN, half of a surrogate pair, bytes that are not UTF-8.
+            value = _leniently(line)
+            if not isinstance(value, dict) or not isinstance(value.get(self._field), str | None):
+                raise
+            text = value.get(self._field, msgspec.UNSET)
+            if isinstance(text, str):
+                _refuse_surrogates(text)
+        return text
+
+    def _at_end(self) -> None:
+        with self._lock:
+            all_parsed = self._parsed_rows == self.rows
+            is_lacking = all_parsed and self._other_fields and not self._rows_with_field
+        if is_lacking:
+            raise SourceError(
+                f"{self.name}: no line has the field {self._field!r}: found the fields {', '.join(self._other_fields)}",
+                next_step="name the field that holds the text with --text-column, or leave the file out",
+            )
+
+
+def _leniently(line: bytes) -> Any:
+    """A line as Python reads JSON: NaN, halves of surrogate pairs, and as such halves what is not UTF-8."""
+    text = line.decode("utf-8", "surrogateescape")
+    try:
+        return json.loads(text, parse_int=len, parse_float=len)  # numbers are not looked at, however long
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        if 0xDC80 <= half <= 0xDCFF:
+            raise ValueError(f"the text is not valid UTF-8: byte 0x{half - 0xDC00:02x}") from None
+        raise ValueError(f"the text has half of a surrogate pair, \\u{half:04x}, alone") from None
+
+
+def _fields_of(line: bytes) -> list[str]:
+    value = _leniently(line)
+    return [repr(str(name)) for name in value][:20] if isinstance(value, dict) else []
 
 
 class TextFile(_Delimited):

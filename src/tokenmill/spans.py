@@ -129,6 +129,7 @@ def check_text_column(name: str, schema: pa.Schema, column: str) -> None:
         pa.binary(),
         pa.large_binary(),
         pa.binary_view(),
+        pa.null(),  # what some writers make of a column without any value
     )
     if kind not in text_kinds:
         raise SourceError(

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from tokenmill import layout
+from tokenmill import etags, layout
 from tokenmill.errors import StorageError
+from tokenmill.locations import bucket_and_key
 from tokenmill.options import StoreOptions
+from tokenmill.redact import redacted_url
 from tokenmill.retry import Retrier, asked
 from tokenmill.s3 import Bucket, S3Object
 from tokenmill.storage import readable
@@ -48,8 +50,8 @@ class Store(Protocol):
         """Bytes of a file that is still the one listed, in `into` if that serves."""
         ...
 
-    def part_nbytes(self, file: StoredFile) -> int | None:
-        """Size of the parts its ETag was made of, where it was; else None."""
+    def part_sizes(self, file: StoredFile) -> list[int]:
+        """Sizes that the parts may have which its ETag was made of; empty where it was not, or none is likely."""
         ...
 
 
@@ -86,7 +88,7 @@ class FolderStore:
         if not self.root.is_dir():
             raise StorageError(f"{self.root}: no such directory", next_step="check the path")
         found = {}
-        for folder, folders, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root, onerror=_refuse_folder):
             folders.sort()
             for name in names:
                 relative = Path(folder, name).relative_to(self.root).as_posix()
@@ -113,8 +115,15 @@ class FolderStore:
             )
         return data
 
-    def part_nbytes(self, file: StoredFile) -> int | None:
-        return None
+    def part_sizes(self, file: StoredFile) -> list[int]:
+        return []
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise StorageError(
+        f"{error.filename}: cannot be listed: {error.strerror}",
+        next_step="make the folder readable, or move it away",
+    )
 
 
 class BucketStore:
@@ -123,9 +132,7 @@ class BucketStore:
     def __init__(self, url: str, options: StoreOptions) -> None:
         from tokenmill.http import HttpClient
 
-        name, _, prefix = url.partition("://")[2].partition("/")
-        if not name:
-            raise StorageError(f"{url}: expected s3://BUCKET/PREFIX", next_step="correct the URL")
+        name, prefix = bucket_and_key(url, StorageError, "correct the URL")
         self.name = url.rstrip("/")
         self.retrier = Retrier()
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -146,9 +153,8 @@ class BucketStore:
         return self.prefix + path
 
     def files(self) -> dict[str, StoredFile]:
-        listed = self.ask("", lambda: list(self.bucket.objects(self.prefix)))
         found = {}
-        for each in listed:
+        for each in self.bucket.objects(self.prefix, lambda page: self.ask("", page)):
             path = each.key.removeprefix(self.prefix)
             if path and not path.endswith("/") and path not in OURS:  # folders are shown as empty objects
                 found[path] = StoredFile(path, each.nbytes, each.etag)
@@ -158,10 +164,12 @@ class BucketStore:
         found = S3Object(self.key(file.path), file.nbytes, file.etag)
         return self.ask(file.path, lambda: self.bucket.read(found, offset, nbytes, into))
 
-    def part_nbytes(self, file: StoredFile) -> int | None:
-        if "-" not in file.etag:
-            return None
-        return self.ask(file.path, lambda: self.bucket.first_part_nbytes(self.key(file.path)))
+    def part_sizes(self, file: StoredFile) -> list[int]:
+        likely = etags.likely_part_nbytes(file.etag, file.nbytes)
+        if not likely:
+            return []
+        told = self.ask(file.path, lambda: self.bucket.first_part_nbytes(self.key(file.path)))
+        return likely if told is None else [told]
 
 
 def open_store(url: str, options: StoreOptions) -> FolderStore | BucketStore:
@@ -174,5 +182,7 @@ def open_store(url: str, options: StoreOptions) -> FolderStore | BucketStore:
     if mark and scheme == "s3":
         return BucketStore(url, options)
     if mark and scheme != "file":
-        raise StorageError(f"{url}: no data root is kept at {scheme}://", next_step="use s3://, file:// or a path")
+        raise StorageError(
+            f"{redacted_url(url)}: no data root is kept at {scheme}://", next_step="use s3://, file:// or a path"
+        )
     return FolderStore(Path(urllib.parse.unquote(url.removeprefix("file://"))))

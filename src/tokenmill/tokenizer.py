@@ -1,29 +1,41 @@
 """Tokenizer: a name → the bytes of its `tokenizer.json` and its end-of-sequence token.
 
 A tokenizer is that file as it is. Nothing here encodes; the engines do (`encode_gigatoken.py`,
-`encode_hf.py`), and both are built from the same bytes.
+`encode_hf.py`), and both are built from the same bytes. What the file says is checked here before any of it
+reaches native code, which may abort the process over it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from tokenmill.errors import TokenizerError
 
+MAX_IDS = 1 << 24
+"""Ids must be below this: libraries allocate a table up to the largest one."""
+
 _GIVE_EOS = "name the end-of-sequence token with --eos-token (or eos_token in the recipe)"
+_GIVE_HF = "give the tokenizer.json that HF tokenizers writes"
+
+Id = Annotated[int, msgspec.Meta(ge=0, lt=MAX_IDS)]
 
 
-class AddedToken(NamedTuple):
+class AddedToken(msgspec.Struct, frozen=True):
     """A string the tokenizer recognises in text before its model runs."""
 
-    id: int
+    id: Id
     content: str
-    special: bool
-    normalized: bool
+    special: bool = False
+    normalized: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class TokenizerFile(NamedTuple):
@@ -39,6 +51,7 @@ class TokenizerFile(NamedTuple):
     """Of the file as it was found."""
     eos_token: str
     eos_id: int
+    """As the file has it, until `encode_hf.HFEngine.resolved` says what the library makes of it; likewise below."""
     vocab_size: int
     """One more than the largest id, added tokens included."""
     added_tokens: tuple[AddedToken, ...]
@@ -76,8 +89,11 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
             next_step="give a directory that holds tokenizer.json (a SentencePiece .model must be converted first)",
         ) from None
     fields = _parse(name, path, data)
-    ids = _ids(name, path, fields)
-    eos = eos_token or _configured_eos(path.parent)
+    added = _added_tokens(name, path, fields)
+    ids = _vocabulary(name, path, fields) | {token.content: token.id for token in added}
+    if not ids:
+        raise TokenizerError(f"tokenizer {name}: {path} has an empty vocabulary", next_step=_GIVE_HF)
+    eos = eos_token or _configured_eos(name, path.parent)
     if eos is None:
         raise TokenizerError(
             f"tokenizer {name}: no end-of-sequence token: expected eos_token in tokenizer_config.json "
@@ -97,55 +113,79 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
         eos_token=eos,
         eos_id=ids[eos],
         vocab_size=max(ids.values()) + 1,
-        added_tokens=tuple(
-            AddedToken(token["id"], token["content"], bool(token.get("special")), bool(token.get("normalized")))
-            for token in fields.get("added_tokens") or []
-        ),
+        added_tokens=added,
     )
 
 
 def _parse(name: str, path: Path, data: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(data)
-    except ValueError as error:
+        fields: Any = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TokenizerError(
             f"tokenizer {name}: {path} is not JSON: {error}",
             next_step="fetch tokenizer.json again; a Git LFS pointer or a half-written file reads like this",
         ) from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
+    model = fields.get("model") if isinstance(fields, dict) else None
+    if not isinstance(model, dict):
+        raise TokenizerError(f"tokenizer {name}: {path} has no model", next_step=_GIVE_HF)
+    if model.get("dropout"):
         raise TokenizerError(
-            f"tokenizer {name}: {path} has no model", next_step="give the tokenizer.json that HF tokenizers writes"
+            f"tokenizer {name}: model.dropout is {model['dropout']!r} in {path}: the same text would give other ids "
+            "each time",
+            next_step='set "dropout": null in tokenizer.json: training data must be the same every time',
         )
-    return fields
+    return dict(fields)
 
 
-def _ids(name: str, path: Path, fields: dict[str, Any]) -> dict[str, int]:
+def _added_tokens(name: str, path: Path, fields: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    return tuple(_converted(name, path, fields.get("added_tokens") or [], list[AddedToken], "added_tokens"))
+
+
+def _vocabulary(name: str, path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
     vocab = fields["model"].get("vocab")
     if isinstance(vocab, dict):
-        ids = dict(vocab)
-    elif isinstance(vocab, list):  # Unigram: [[piece, score], ...]
-        ids = {piece: i for i, (piece, _) in enumerate(vocab)}
-    else:
+        ids: dict[str, int] = _converted(name, path, vocab, dict[str, Id], "model.vocab")
+        return ids
+    if isinstance(vocab, list):  # Unigram
+        pieces = _converted(name, path, vocab, list[tuple[str, float]], "model.vocab")
+        return {piece: i for i, (piece, _) in enumerate(pieces)}
+    raise TokenizerError(f"tokenizer {name}: {path} has no vocabulary", next_step=_GIVE_HF)
+
+
+def _converted(name: str, path: Path, value: object, kind: Any, field: str) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
         raise TokenizerError(
-            f"tokenizer {name}: {path} has no vocabulary", next_step="give the tokenizer.json that HF tokenizers writes"
-        )
-    ids.update((token["content"], token["id"]) for token in fields.get("added_tokens") or [])
-    return ids
+            f"tokenizer {name}: {path}: {field} is not what a tokenizer has there: {error}", next_step=_GIVE_HF
+        ) from None
 
 
-def _configured_eos(folder: Path) -> str | None:
+def _configured_eos(name: str, folder: Path) -> str | None:
     """`eos_token` as HF `transformers` stores it: a string or an object with `content`."""
     for file_name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / file_name
         if not file.is_file():
             continue
+        mend = f"mend or remove it, or {_GIVE_EOS}"
         try:
-            token = json.loads(file.read_bytes()).get("eos_token")
-        except ValueError as error:
-            raise TokenizerError(f"{file} is not JSON: {error}", next_step=f"mend it, or {_GIVE_EOS}") from None
+            config = msgspec.json.decode(file.read_bytes())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise TokenizerError(f"tokenizer {name}: {file} is not JSON: {error}", next_step=mend) from None
+        except OSError as error:
+            raise TokenizerError(f"tokenizer {name}: cannot read {file}: {error.strerror}", next_step=mend) from None
+        if not isinstance(config, dict):
+            raise TokenizerError(
+                f"tokenizer {name}: {file}: expected a JSON object, found {type(config).__name__}", next_step=mend
+            )
+        token = config.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
-        if isinstance(token, str):
+        if token is not None and not isinstance(token, str):
+            raise TokenizerError(
+                f"tokenizer {name}: {file}: eos_token: expected a string, found {token!r:.60}", next_step=mend
+            )
+        if token:
             return token
     return None
 
@@ -153,4 +193,4 @@ def _configured_eos(folder: Path) -> str | None:
 def _without_truncation(fields: dict[str, Any], data: bytes) -> bytes:
     if fields.get("truncation") is None and fields.get("padding") is None:
         return data
-    return json.dumps(fields | {"truncation": None, "padding": None}, ensure_ascii=False).encode()
+    return msgspec.json.encode(fields | {"truncation": None, "padding": None})

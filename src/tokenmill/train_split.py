@@ -119,6 +119,11 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
     ]
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a part of the path begins with a dot, or a folder with `__`."""
+    return _special(path) != (0, 0)
+
+
 def _special(path: str) -> tuple[int, int]:
     """How many parts are hidden, and how many folders are set apart by `__`."""
     parts = PurePosixPath(path).parts

@@ -50,6 +50,10 @@ class Selection(NamedTuple):
             return False
         return not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.exclude)
 
+    def takes_record(self, path: str) -> bool:
+        """Whether it is a record that some shards need to be known by, on their own too."""
+        return self.shards is not None and path in RECORDS and self._replace(shards=None).takes(path)
+
 
 EVERYTHING = Selection()
 
@@ -64,7 +68,7 @@ class Moved(msgspec.Struct, frozen=True):
     moved_nbytes: int
     """That travelled; less than `nbytes` where an earlier run had begun."""
     checked: str
-    """What proves it: `sha256`, `etag`, `size`."""
+    """What proves it: `sha256` of the manifest, the store's `etag`, or that the same bytes came `twice`."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -90,7 +94,9 @@ class Entry(msgspec.Struct, frozen=True):
     """There."""
     nbytes: int
     mtime_ns: int
-    """Here."""
+    """Here; 0 where the file is not to be here."""
+    checked: str = ""
+    """What proved that both are the same, as in `Moved`; empty: nothing that is known."""
 
 
 class Journal:
@@ -103,15 +109,8 @@ class Journal:
         self._root = root
         self._store = store
         self._lock = threading.Lock()
-        self._stores = self._load()
+        self._stores = _stored_entries(root)
         self._entries = self._stores.setdefault(store, {})
-
-    def _load(self) -> dict[str, dict[str, Entry]]:
-        try:
-            data = (self._root / layout.TRANSFERS).read_bytes()
-            return msgspec.json.decode(data, type=dict[str, dict[str, Entry]])
-        except (FileNotFoundError, msgspec.DecodeError):
-            return {}  # what is not remembered is compared
 
     def has(self, file: StoredFile) -> bool:
         """Whether the file here is the one of that store."""
@@ -120,20 +119,48 @@ class Journal:
             stat = (self._root / file.path).stat()
         except OSError:
             return False
-        return entry == Entry(file.etag, file.nbytes, stat.st_mtime_ns) and stat.st_size == file.nbytes
+        known = entry is not None and (entry.etag, entry.nbytes, entry.mtime_ns, entry.checked != "")
+        return known == (file.etag, file.nbytes, stat.st_mtime_ns, True) and stat.st_size == file.nbytes
+
+    def checked(self, path: str) -> str:
+        """What proved that a file is the same here and there."""
+        return self._entries[path].checked
 
     def sent(self, file: StoredFile) -> bool:
         """Whether a file was sent to that store, is there still, and need not be here any more."""
         entry = self._entries.get(file.path)
         return entry is not None and (entry.etag, entry.nbytes) == (file.etag, file.nbytes)
 
-    def note(self, file: StoredFile) -> None:
-        """Remember that the file here, if there is one, is the one there."""
-        path = self._root / file.path
-        mtime_ns = path.stat().st_mtime_ns if path.exists() else 0
+    def note(self, file: StoredFile, checked: str) -> None:
+        """Remember that the file here, if there is one, is the one there, and what proved it."""
+        self.note_all([file], checked)
+
+    def note_all(self, files: Iterable[StoredFile], checked: str) -> None:
+        """The same of several."""
         with self._lock:
-            self._entries[file.path] = Entry(file.etag, file.nbytes, mtime_ns)
+            for file in files:
+                path = self._root / file.path
+                mtime_ns = path.stat().st_mtime_ns if path.exists() else 0
+                self._entries[file.path] = Entry(file.etag, file.nbytes, mtime_ns, checked)
             storage.write_whole(self._root / layout.TRANSFERS, msgspec.json.encode(self._stores))
+
+
+def elsewhere(root: Path) -> dict[str, str]:
+    """The stores that hold files of a data root which are not here because they were sent away or not fetched."""
+    return {
+        path: store
+        for store, entries in _stored_entries(root).items()
+        for path, entry in entries.items()
+        if entry.mtime_ns == 0 and not (root / path).exists()
+    }
+
+
+def _stored_entries(root: Path) -> dict[str, dict[str, Entry]]:
+    try:
+        data = (root / layout.TRANSFERS).read_bytes()
+        return msgspec.json.decode(data, type=dict[str, dict[str, Entry]])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}  # what is not remembered is compared
 
 
 def digests(manifest: Manifest | None, record: Consolidated | None) -> dict[str, str]:
@@ -174,50 +201,6 @@ class Sha256:
     def found(self) -> str:
         """In hexadecimal digits."""
         return self._sha256.hexdigest()
-
-
-class Tag:
-    """An ETag that was made of the bytes: of the whole (MD5), or of its parts (MD5 of their MD5s, and a count).
-
-    Most stores make them so; of those that do not, some look as if they did.
-
-    Args:
-        etag: as the store lists it.
-        part_nbytes: size of the parts, where it was made of parts and that is known.
-    """
-
-    def __init__(self, etag: str, part_nbytes: int | None) -> None:
-        match = re.fullmatch(r'"[0-9a-f]{32}(-\d+)?"', etag)
-        self._is_known = match is not None and (match[1] is None or part_nbytes is not None)
-        self._part_nbytes = part_nbytes if match is not None and match[1] else None
-        self._done: list[bytes] = []
-        self._part = hashlib.md5(usedforsecurity=False)
-        self._in_part = 0
-
-    def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Go on with the next bytes."""
-        view = memoryview(data) if self._is_known else memoryview(b"")
-        while view:
-            room = len(view) if self._part_nbytes is None else self._part_nbytes - self._in_part
-            self._part.update(view[:room])
-            self._in_part += len(view[:room])
-            view = view[room:]
-            if self._in_part == self._part_nbytes:
-                self._end_part()
-
-    def _end_part(self) -> None:
-        self._done.append(self._part.digest())
-        self._part, self._in_part = hashlib.md5(usedforsecurity=False), 0
-
-    @property
-    def found(self) -> str:
-        """The ETag of the bytes seen; empty where ETags are made otherwise."""
-        if not self._is_known:
-            return ""
-        if self._part_nbytes is None:
-            return f'"{self._part.hexdigest()}"'
-        parts = [*self._done, *([self._part.digest()] if self._in_part else [])]
-        return f'"{hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"'
 
 
 def shard_range(text: str) -> range:

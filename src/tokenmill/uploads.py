@@ -18,12 +18,13 @@ from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.downloads import bring, refuse_other, stored_manifest
 from tokenmill.errors import DataRootError, StorageError
+from tokenmill.etags import ETagHasher, md5_etag, parts_etag
 from tokenmill.manifest import Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.retry import AnswerError, ChangedError, TransientError
-from tokenmill.s3 import S3Object, UploadedPart, md5_etag, parts_etag
+from tokenmill.s3 import S3Object, UploadedPart
 from tokenmill.stores import BucketStore, FolderStore, StoredFile, open_store
-from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, Tag, digests, missing
+from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, digests, missing
 
 PART_NBYTES = 32 << 20
 WHOLE_NBYTES = 64 << 20
@@ -154,11 +155,16 @@ class Sender:
         """A file as it is there, once it is."""
         return self._there[path]
 
-    def adopt(self, file: StoredFile) -> None:
-        """Take note of a file that another machine sent."""
+    def adopt(self, file: StoredFile, checked: str = "sha256") -> None:
+        """Take note of a file that is there, sent from here or by another machine, and of what proved it."""
         self._there[file.path] = file
         if self._journal is not None:
-            self._journal.note(file)
+            self._journal.note(file, checked)
+
+    def note_gone(self, *paths: str) -> None:
+        """Take note that files which are there are no longer here."""
+        if self._journal is not None:
+            self._journal.note_all([self._there[path] for path in paths if path in self._there], "sha256")
 
     def send(self, wanted: dict[str, StoredFile]) -> list[Moved]:
         """Send files, the records last, and look whether all arrived."""
@@ -233,9 +239,10 @@ class Sender:
             sha256: what its bytes must be, if it is known.
         """
         if self.is_there(file):
-            return Moved(file.path, file.nbytes, True, 0, "etag")
+            assert self._journal is not None
+            return Moved(file.path, file.nbytes, True, 0, self._journal.checked(file.path))
         if self._equals(file):
-            self.adopt(self._there[file.path])
+            self.adopt(self._there[file.path], "etag")
             self._note_progress(file.nbytes)
             return Moved(file.path, file.nbytes, True, 0, "etag")
         if file.path in self._there and file.path not in RECORDS:
@@ -244,15 +251,16 @@ class Sender:
             etag, moved = self._send_whole(file, sha256)
         else:
             etag, moved = self._send_parts(file, sha256)
-        self.adopt(StoredFile(file.path, file.nbytes, etag))
-        return Moved(file.path, file.nbytes, False, moved, "etag" if sha256 is None else "sha256")
+        checked = "etag" if sha256 is None else "sha256"
+        self.adopt(StoredFile(file.path, file.nbytes, etag), checked)
+        return Moved(file.path, file.nbytes, False, moved, checked)
 
     def _equals(self, file: StoredFile) -> bool:
         """Whether what is there has the bytes of the file, by its ETag."""
         there = self._there.get(file.path)
         if there is None or there.nbytes != file.nbytes:
             return False
-        tag = Tag(there.etag, part_nbytes(file.nbytes))
+        tag = ETagHasher(there.etag, [part_nbytes(file.nbytes)])
         for at in range(0, file.nbytes, PART_NBYTES):
             tag.update(self._read(file, at, min(PART_NBYTES, file.nbytes - at)))
         return tag.found == there.etag

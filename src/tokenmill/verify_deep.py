@@ -6,6 +6,7 @@ recipe's? Some documents are encoded again, and one whole shard is rebuilt.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -20,12 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokenmill import layout
+from tokenmill.choice import RULES, format_of
 from tokenmill.documents import Document
-from tokenmill.encode_hf import HFEngine
+from tokenmill.encode_hf import CannotEncodeError, HFEngine
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.findings import Inquiry, shard_header
 from tokenmill.load import DataRoot
-from tokenmill.locations import format_of
 from tokenmill.options import StoreOptions
 from tokenmill.order import file_order, row_order
 from tokenmill.ranges import RemoteFile
@@ -34,6 +35,8 @@ from tokenmill.spans import first_line
 from tokenmill.tokenizer import TokenizerFile, load_tokenizer
 
 _ORDER_ROWS = 1 << 20
+_ENDLESS = 1 << 40
+"""Rows of a file that were not counted."""
 
 
 def verify_deep(
@@ -73,9 +76,11 @@ class _Deep:
             datasets = datasets[0]
         if dataset is None:
             store = store._replace(revision=self.manifest.source_revision)
-        self.corpus: Corpus = find_corpus(datasets, recipe.text_column, recipe.text_separator, store)
-        self.tokenizer = self._load_tokenizer(tokenizer)
-        self.engine = HFEngine(self.tokenizer, special_in_text=recipe.special_in_text)
+        only = [file.path for file in self.manifest.files] if self.manifest.source_rules < RULES else None
+        self.corpus: Corpus = find_corpus(datasets, recipe.text_column, recipe.text_separator, store, only=only)
+        loaded = self._load_tokenizer(tokenizer)
+        self.engine = HFEngine(loaded, special_in_text=recipe.special_in_text)
+        self.tokenizer = self.engine.resolved(loaded)
         self.root = DataRoot(job.root, self.manifest, job.record)
 
     def _load_tokenizer(self, name: str | None) -> TokenizerFile:
@@ -102,9 +107,15 @@ class _Deep:
             )
 
     def check_probe(self) -> None:
-        """The reference engine must still give the ids it gave."""
+        """The reference engine must still give the ids it gave, and the end-of-sequence token the id it had."""
+        expected_id = self.manifest.tokenizer.eos_id
+        found_id = self.tokenizer.eos_id
+        self.job.same(layout.MANIFEST, "tokenizer.eos_id", "id of EOS", expected=found_id, found=expected_id)
         for text, expected in self.manifest.tokenizer.probe.items():
-            found = self._encode([text])[0][:-1].tolist()
+            try:
+                found: object = self._encode([text])[0][:-1].tolist()
+            except CannotEncodeError as error:
+                found = str(error)
             self.job.same(layout.MANIFEST, "tokenizer.probe", f"ids of {text!r}", expected=expected, found=found)
 
     def check_documents(self, numbers: NDArray[np.int64]) -> None:
@@ -227,7 +238,9 @@ class _Deep:
         end = cursor.position + (cursor.offset > 0)
         order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
         sequence = file_order(len(files), kind=recipe.order, seed=recipe.seed).tolist()
-        starts = np.cumsum([0, *(files[index].rows or 0 for index in sequence)])
+        # The file that the stream ends in, if it is read front to back, was not read to its end: as long as need be.
+        counts = {index: _ENDLESS if (rows := files[index].rows) is None else rows for index in sequence}
+        starts = np.cumsum([0, *(counts[index] for index in sequence[: self._reached(sequence)])])
         pieces: list[NDArray[np.int64]] = []
         done = 0
 
@@ -237,8 +250,10 @@ class _Deep:
             done += len(rows)
 
         for index in sequence:
-            for at in range(0, files[index].rows or 0, _ORDER_ROWS):
-                take(order.push(min(_ORDER_ROWS, (files[index].rows or 0) - at)))
+            at = 0
+            while at < counts[index] and done < end:
+                take(order.push(min(_ORDER_ROWS, counts[index] - at)))
+                at += _ORDER_ROWS
             if done >= end:
                 break
         else:
@@ -246,6 +261,11 @@ class _Deep:
         rows = np.concatenate(pieces)
         file = np.searchsorted(starts, rows, side="right") - 1
         return [(files[sequence[f]].path, int(row)) for f, row in zip(file.tolist(), rows - starts[file], strict=True)]
+
+    def _reached(self, sequence: list[int]) -> int:
+        """How many files, in reading order, the stream can have come to: up to the first that has no end."""
+        files = self.manifest.files
+        return next((n + 1 for n, index in enumerate(sequence) if files[index].rows is None), len(sequence))
 
     def _check_without_text(self, rows: list[tuple[str, int]]) -> None:
         """Rows that became no document must have no text."""
@@ -282,7 +302,14 @@ def _values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) ->
             yield from _texts_of(chunk)
         return
     packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
-    content = (pa.CompressedInputStream(data, packed) if packed else data).read().removeprefix(b"\xef\xbb\xbf")
+    raw = (
+        gzip.decompress(data.read())
+        if packed == "gzip"
+        else pa.CompressedInputStream(data, packed).read()
+        if packed
+        else data.read()
+    )
+    content = raw.removeprefix(b"\xef\xbb\xbf")
     separator = "\n" if kind == "jsonl" else corpus.text_separator
     rows_found = [content] if separator is None else content.split(separator.encode())
     if separator is not None and not rows_found[-1]:
@@ -306,8 +333,8 @@ def _decoded(data: bytes) -> str | None:
 
 def _json_text(line: bytes, field: str) -> str | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8", "surrogateescape"))
         text = value.get(field) if isinstance(value, dict) else None
-    except ValueError:
+        return _decoded(text.encode()) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
         return None
-    return text if isinstance(text, str) else None

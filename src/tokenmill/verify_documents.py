@@ -156,7 +156,9 @@ class DocumentChecks(Checks):
     def _check_source_rows(self, name: str, files: NDArray[np.int64], row: NDArray[np.int64]) -> None:
         """Rows lie inside their source files."""
         assert self.job.manifest is not None
-        rows = np.array([file.rows or 0 for file in self.job.manifest.files], np.int64)
+        # Of a file that the stream ends in, and that is read front to back, the rows were not counted.
+        most = np.iinfo(np.int64).max
+        rows = np.array([most if file.rows is None else file.rows for file in self.job.manifest.files], np.int64)
         known = np.flatnonzero(files >= 0)
         outside = known[(row[known] < 0) | (row[known] >= rows[files[known]])]
         if len(outside):
