@@ -11,29 +11,38 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 from tokenmill import layout
+from tokenmill.crash import supervised
 from tokenmill.engine import available_cores
 from tokenmill.errors import TokenmillError
-from tokenmill.options import OnBadRows, StoreOptions
+from tokenmill.options import OnBadRows, StoreOptions, parse_count
 from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
+from tokenmill.redact import redacted
 
 if TYPE_CHECKING:
     from tokenmill.engine import ClusterEngine
     from tokenmill.pipeline import Summary
+    from tokenmill.preflight import Preflight
     from tokenmill.transfer import Report as TransferReport
     from tokenmill.transfer import Selection
 
 log = logging.getLogger("tokenmill")
+say = logging.getLogger("tokenmill.say")
+"""What a user should see at once."""
 log.addHandler(logging.NullHandler())  # until there is a data root to keep a log in
+
+_READ_SOURCES = ("pretokenize", "test-shard", "verify", "demo")
+"""Commands that hand files of others to native libraries."""
 
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -42,8 +51,8 @@ _CONTEXT = {
 }
 
 
-class _InterruptedError(Exception):
-    """Ctrl-C or SIGTERM."""
+class _InterruptedError(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: nothing that handles errors may take it for one."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -54,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line with `arguments` (None: those of the process) and exit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a check mark must not fail a run on an ASCII terminal
+    sys.excepthook = _show_bug
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if words and words[0] in _READ_SOURCES:
+            supervised()
         exit_code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
@@ -72,6 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(exit_code)
 
 
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback, without what may be a credential in it."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
+class _Saying(logging.Handler):
+    """Shows at once what a user should see, above the progress line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"tokenmill: {redacted(record.getMessage())}", err=True)
+
+
 @click.group(context_settings=_CONTEXT)
 @click.version_option(package_name="tokenmill")
 def cli() -> None:
@@ -79,6 +104,24 @@ def cli() -> None:
 
     The same recipe gives the same bytes, whatever the workers, the engine or the crashes.
     """
+
+
+class _Count(click.ParamType[int]):
+    """A whole number, as people write large ones: 1_000_000, 1M, 150Gi, 1e9."""
+
+    name = "count"
+
+    def __init__(self, least: int | None = None) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            count = value if isinstance(value, int) else parse_count(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if self._least is not None and count < self._least:
+            self.fail(f"{value}: expected {self._least} or more", param, ctx)
+        return count
 
 
 def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -101,9 +144,11 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--order", type=click.Choice(["buffer", "sequential"]), help="Order of documents.  [buffer]"),
         click.option("--seed", type=int, help="Of the shuffle.  [42]"),
-        click.option("--buffer-size", type=int, metavar="ROWS", help="Slots of the shuffle's reservoir.  [10000]"),
-        click.option("--shard-size", type=int, metavar="TOKENS", help="Tokens per shard.  [268435456]"),
-        click.option("--total-tokens", type=int, metavar="TOKENS", help="Stop after this many.  [the whole corpus]"),
+        click.option("--buffer-size", type=_Count(), metavar="ROWS", help="Slots of the shuffle's reservoir.  [10000]"),
+        click.option("--shard-size", type=_Count(), metavar="TOKENS", help="Tokens per shard.  [268435456]"),
+        click.option(
+            "--total-tokens", type=_Count(), metavar="TOKENS", help="Stop after this many.  [the whole corpus]"
+        ),
         click.option("--dtype", type=click.Choice(["auto", "uint16", "uint32"]), help="Of a stored token.  [auto]"),
         click.option(
             "--special-in-text",
@@ -111,7 +156,7 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             help="What '</s>' in a document becomes: the control token, or plain text.  [parse]",
         ),
         click.option("--eos-token", metavar="TOKEN", help="Ends every document.  [the tokenizer's]"),
-        click.option("--seq-len", type=int, metavar="TOKENS", help="Tokens per training sample.  [2048]"),
+        click.option("--seq-len", type=_Count(), metavar="TOKENS", help="Tokens per training sample.  [2048]"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -126,9 +171,7 @@ _speed_options = [
         metavar="N",
         help="Encode threads; 0 or less means 75% of the cores; a cluster has its own.  [all cores]",
     ),
-    click.option(
-        "--chunk-size", "span_rows", type=click.IntRange(1), metavar="ROWS", help="Rows encoded at once.  [by text]"
-    ),
+    click.option("--chunk-size", "span_rows", type=_Count(1), metavar="ROWS", help="Rows encoded at once.  [by text]"),
     click.option(
         "--engine-tokenizer",
         type=click.Choice(["auto", "gigatoken", "hf"]),
@@ -266,7 +309,7 @@ def pretokenize(
 
 @cli.command(short_help="Join shards into tokens.bin and sample_ids.bin.")
 @_data_root
-@click.option("--seq-len", type=click.IntRange(1), metavar="TOKENS", help="Tokens per sample.  [the recipe's, or 2048]")
+@click.option("--seq-len", type=_Count(1), metavar="TOKENS", help="Tokens per sample.  [the recipe's, or 2048]")
 @click.option(
     "--token-dtype",
     type=click.Choice(["uint8", "uint16", "uint32"]),
@@ -379,7 +422,7 @@ def test_shard(
 @click.option("--quick", is_flag=True, help="Only sizes, headers and whether the manifest agrees with itself; instant.")
 @click.option(
     "--deep",
-    type=click.IntRange(1),
+    type=_Count(1),
     metavar="N",
     help="Also encode N documents of the source again, and rebuild one shard from it.",
 )
@@ -513,19 +556,20 @@ def _transfer(
 
 
 @cli.command()
-@_data_root
+@click.argument("data_root")
+@_with(_store_options)
 @_json
-def info(data_root: Path, *, as_json: bool) -> None:
-    """What the data set in DATA_ROOT is, and how it was made."""
+def info(data_root: str, *, endpoint_url: str | None, anonymous: bool, as_json: bool) -> None:
+    """What the data set in DATA_ROOT, a directory or s3://BUCKET/PREFIX, is, and how it was made."""
     from tokenmill import look, report
 
-    found = look.info(data_root)
+    found = look.info(data_root, StoreOptions(endpoint_url, anonymous))
     _show(found, report.info_lines(found), as_json)
 
 
 @cli.command(short_help="The text of a sample, and where it came from.")
 @_data_root
-@click.option("--sample", type=click.IntRange(0), required=True, metavar="I", help="Which one, from 0.")
+@click.option("--sample", type=_Count(0), required=True, metavar="I", help="Which one, from 0.")
 @click.option("--ids", "with_ids", is_flag=True, help="A line for every token: its place, its id, its text.")
 @_json
 def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None:
@@ -540,11 +584,11 @@ def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None
 
 @cli.command(short_help="Where a sample comes from, and back.")
 @_data_root
-@click.option("--sample", type=click.IntRange(0), metavar="I", help="A sample, from 0.")
-@click.option("--token", type=click.IntRange(0), metavar="T", help="A token of the whole stream, from 0.")
+@click.option("--sample", type=_Count(0), metavar="I", help="A sample, from 0.")
+@click.option("--token", type=_Count(0), metavar="T", help="A token of the whole stream, from 0.")
 @click.option("--sample-id", metavar="HEX", help="A sample by its id, as 16 hexadecimal digits.")
 @click.option("--source", metavar="FILE", help="A source file, as the manifest lists it; with --row.")
-@click.option("--row", type=click.IntRange(0), metavar="R", help="A row of it, from 0.")
+@click.option("--row", type=_Count(0), metavar="R", help="A row of it, from 0.")
 @_json
 def where(
     data_root: Path,
@@ -696,6 +740,8 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     from tokenmill.progress import display
 
     keep_freed_memory()
+    if not quiet:
+        say.addHandler(_Saying())
     storage.make_root(output)
     _log_to(output / layout.LOG)
     shown_recipe = msgspec.structs.replace(recipe, dataset=without_secrets(recipe.dataset))
@@ -703,9 +749,13 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     _catch_signals()
     try:
         with display(quiet=quiet or as_json) as shown:
-            summary = pipeline.pretokenize(
-                recipe, output, show=shown.show, begin=lambda plan: shown.expect(plan.tokens), **options
-            )
+
+            def begin(plan: Preflight) -> None:
+                shown.expect(plan.tokens)
+                for note in plan.notes:
+                    say.warning("note: %s", note)
+
+            summary = pipeline.pretokenize(recipe, output, show=shown.show, begin=begin, **options)
     except _InterruptedError as stop:
         _say_interrupted(output, stop)
     log.info("%s", msgspec.json.encode(summary).decode())
@@ -752,12 +802,33 @@ def _catch_signals() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+class _Redacting(logging.Formatter):
+    """Lines without what may be a credential."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """The log, which is best effort: where it cannot be written, that is said once and the run goes on."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not self._has_failed:
+            self._has_failed = True
+            click.echo(
+                f"tokenmill: {self.baseFilename}: the log cannot be written: {error}; it is incomplete", err=True
+            )
+
+
 def _log_to(path: Path) -> None:
     from tokenmill import storage
 
     with storage.reported(path):
-        handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Redacting("%(asctime)s %(process)d %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -6,6 +6,7 @@ all processes that open the same files.
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, overload
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from tokenmill import ids, layout
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError
-from tokenmill.inventory import find_shards_of
-from tokenmill.load import DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
+from tokenmill.inventory import find_shards_of, read_header
+from tokenmill.load import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
 from tokenmill.manifest import Consolidated
 from tokenmill.proof import choose_scheme
 
@@ -107,8 +108,8 @@ class TokenDataset:
         Raises:
             IndexError: there is no such sample.
         """
-        if isinstance(index, int | np.integer):
-            begin = self._index(int(index)) * self.seq_len
+        if not isinstance(index, slice) and (number := _as_number(index)) is not None:
+            begin = self._index(number) * self.seq_len
             return self._stream.read(begin, begin + self.seq_len)
         if isinstance(index, slice):
             begin, end, step = index.indices(self._samples)
@@ -116,7 +117,7 @@ class TokenDataset:
                 self._stream.note_read(max(0, end - begin) * self.seq_len * self.dtype.itemsize)
                 return self._rows[begin:end]
             index = np.arange(begin, end, step)
-        batch = self.gather(index)
+        batch = self.gather(index)  # type: ignore[arg-type]  # a single one was dealt with
         batch.flags.writeable = False
         return batch
 
@@ -137,11 +138,13 @@ class TokenDataset:
             for row, begin in zip(out, (wanted * self.seq_len).tolist(), strict=True):
                 row[...] = self._stream.read(begin, begin + self.seq_len)
             return out
-        self._stream.note_read(len(wanted) * self.seq_len * self.dtype.itemsize, len(wanted))
-        if out.dtype == self.dtype:
-            self._rows.take(wanted, axis=0, out=out, mode="clip")  # the other modes gather twice
-        else:
-            out[...] = self._rows.take(wanted, axis=0, mode="clip")
+        for at in range(0, len(wanted), PLACES_AT_ONCE):
+            some, into = wanted[at : at + PLACES_AT_ONCE], out[at : at + PLACES_AT_ONCE]
+            self._stream.note_read(len(some) * self.seq_len * self.dtype.itemsize, len(some))
+            if out.dtype == self.dtype:
+                self._rows.take(some, axis=0, out=into, mode="clip")  # the other modes gather twice
+            else:
+                into[...] = self._rows.take(some, axis=0, mode="clip")
         return out
 
     @property
@@ -209,6 +212,77 @@ class TokenDataset:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.root)!r}: {self._samples} samples of {self.seq_len} {self.dtype.name})"
+
+
+class ShardSamples:
+    """The samples of one shard on its own, as Templar's trainers of today read them.
+
+    Args:
+        tokens: an `.npy` file of tokens, shape `(tokens,)`.
+        ids: an `.npy` file of their sample ids, shape `(samples,)`; where there is none, they are made of the tokens.
+        seq_len: tokens per sample.
+        dtype: `uint16` or `uint32`, of the samples; as wide as the stored tokens, or wider.
+
+    Raises:
+        DataRootError: a file is missing, not what its name says, of another length, or of a wider dtype.
+        ValueError: the tokens do not divide by `seq_len`.
+    """
+
+    def __init__(self, tokens: Path, ids: Path, *, seq_len: int, dtype: str) -> None:
+        header = read_header(tokens)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        if np.dtype(header.dtype).itemsize > self._dtype.itemsize:
+            raise DataRootError(
+                f"{tokens}: expected tokens of {dtype}, found {header.dtype}",
+                next_step=f"give token_dtype={header.dtype}",
+            )
+        if header.tokens % seq_len:
+            raise ValueError(f"{tokens}: {header.tokens} tokens do not divide by {seq_len}, the length of a sample")
+        stored = np.dtype(header.dtype).newbyteorder("<")
+        self._stream = TokenStream([Piece(tokens, header.tokens, header.nbytes)], stored)
+        self._seq_len, self._count = seq_len, header.tokens // seq_len
+        self.sample_ids = self._stored_ids(ids) if ids.exists() else self._made_ids()
+        """Shape `(samples,)`."""
+
+    def _stored_ids(self, path: Path) -> NDArray[np.uint64]:
+        try:
+            found: NDArray[np.uint64] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataRootError(f"{path}: not an array of sample ids: {error}", next_step="fetch it again") from None
+        if found.dtype != np.uint64 or found.shape != (self._count,):
+            raise DataRootError(
+                f"{path}: expected {self._count} ids of uint64, found shape {found.shape} of {found.dtype}",
+                next_step="fetch it again, or give the seq_len that it was made with",
+            )
+        return found
+
+    def _made_ids(self) -> NDArray[np.uint64]:
+        window = self._seq_len * self._stream.dtype.itemsize
+        data = b"".join(ids.sample_ids(chunk.tobytes(), window) for chunk in self._stream.chunks(256 * self._seq_len))
+        return np.frombuffer(data, "<u8")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        if not -self._count <= index < self._count:
+            raise IndexError(f"sample {index}: there are {self._count}")
+        begin = (index % self._count) * self._seq_len
+        return self._stream.read(begin, begin + self._seq_len).astype(self._dtype, copy=False)
+
+    def sample_id(self, index: int) -> int:
+        """The id of a sample."""
+        return int(self.sample_ids[index])
+
+
+def _as_number(index: Any) -> int | None:
+    """A single index, if it is one: an integer of any kind, a tensor or an array without dimensions among them."""
+    if getattr(index, "ndim", 0) != 0 or isinstance(index, list | tuple | bool | np.bool_):
+        return None
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise TypeError(f"expected a sample's index, a slice, or several indices, found {index!r:.80}") from None
 
 
 class _Asked(NamedTuple):

@@ -23,13 +23,13 @@ from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.etags import ETagHasher
+from tokenmill.journal import Journal
 from tokenmill.manifest import Consolidated, Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.stores import BucketStore, FolderStore, Store, StoredFile, checked_path, open_store
 from tokenmill.transfer import (
     EVERYTHING,
     RECORDS,
-    Journal,
     Moved,
     Report,
     Selection,
@@ -144,11 +144,9 @@ def _read_record(store: Store, file: StoredFile) -> bytes:
     raise StorageError(f"{store.name}/{file.path}: arrives differently each time", next_step="check the network")
 
 
-def stored_manifest(store: Store, listed: dict[str, StoredFile]) -> Manifest | None:
-    """The manifest of a store; None if it has none."""
-    if layout.MANIFEST not in listed:
-        return None
-    return _decoded(store.name, {layout.MANIFEST: _read_record(store, listed[layout.MANIFEST])})[0]
+def stored_records(store: Store, listed: dict[str, StoredFile]) -> tuple[Manifest | None, Consolidated | None]:
+    """The records of a store; None where it has none."""
+    return _decoded(store.name, {name: _read_record(store, listed[name]) for name in RECORDS if name in listed})
 
 
 def _decoded(name: str, records: dict[str, bytes]) -> tuple[Manifest | None, Consolidated | None]:
@@ -282,11 +280,11 @@ class _Download:
         before: str | None = None
         for _ in range(_TRIES):
             fetched = self._fetch(file, partial)
-            checked = self._check(file, fetched.digest, before)
-            if checked is not None:
+            proof = self._check(file, fetched.digest, before)
+            if proof is not None:
                 storage.publish(partial, path)
-                self._journal.note(file, checked)
-                return Moved(file.path, file.nbytes, False, fetched.moved_nbytes, checked)
+                self._journal.note(file, proof)
+                return Moved(file.path, file.nbytes, False, fetched.moved_nbytes, proof)
             before = fetched.digest
             with storage.reported(partial):
                 partial.unlink()

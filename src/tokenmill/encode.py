@@ -31,7 +31,7 @@ NULL, EMPTY, SPECIAL, BAD = 1, 2, 4, 8
 not what its format says."""
 
 AUDIT_FIRST_NBYTES = 1 << 20
-"""Of text at the beginning of a run, whose documents are all audited: a small corpus is checked as hard as a large one."""
+"""Of text at the beginning of a run, whose documents are all audited, so that a small corpus is checked too."""
 AUDIT_ONE_IN = 1_000
 """Bytes of text beyond that, of which one is audited."""
 AUDIT_ADDED_PER_SPAN = 8
@@ -282,7 +282,7 @@ class Encoder:
         for n, (i, found) in enumerate(pairs):
             wanted = expected[bounds[n] : bounds[n + 1]]
             if not np.array_equal(found, wanted):
-                raise _disagreement(AuditError, f"{where}, row {rows[i]}", self.engine, self._reference, found, wanted)
+                raise _disagreement(f"{where}, row {rows[i]}", self.engine, found, wanted, kind=AuditError)
         return len(pairs)
 
     def _chosen_for_audit(self, documents: pa.LargeStringArray, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -312,10 +312,10 @@ class Encoder:
         for i, text in enumerate(texts.to_pylist()):
             pair = found[offsets[i] : offsets[i + 1]], wanted[bounds[i] : bounds[i + 1]]
             if not np.array_equal(*pair):
-                raise _disagreement(ProbeError, f"the probe {text!r:.60}", self.engine, self._reference, *pair)
+                raise _disagreement(f"the probe {text!r:.60}", self.engine, *pair, kind=ProbeError)
 
     def _probe_wide(self) -> list[str]:
-        """Strings that show what an engine does not honour: every added token alone, inside a word, apart, and twice."""
+        """Strings that show what an engine does not honour: added tokens alone, inside a word, apart, and twice."""
         own = [
             text
             for token in self.tokenizer.added_tokens
@@ -360,18 +360,13 @@ def _any_of(strings: list[str]) -> str | None:
 
 
 def _disagreement(
-    kind: type[AuditError],
-    where: str,
-    engine: Engine,
-    reference: Engine,
-    found: NDArray[np.uint32],
-    wanted: NDArray[np.uint32],
+    where: str, engine: Engine, found: NDArray[np.uint32], wanted: NDArray[np.uint32], *, kind: type[AuditError]
 ) -> AuditError:
     shared = min(len(found), len(wanted))
     differs = np.flatnonzero(found[:shared] != wanted[:shared])
     at = int(differs[0]) if len(differs) else shared
     return kind(
-        f"{where}: {engine.version} and {reference.version} disagree from token {at}: "
+        f"{where}: {engine.version} and {HFEngine.version} disagree from token {at}: "
         f"expected {wanted[at : at + 8].tolist()}, found {found[at : at + 8].tolist()}",
         next_step="run again with --engine-tokenizer hf (slower), and report the document to gigatoken",
     )

@@ -246,7 +246,7 @@ def _without_offsets(step: Any) -> Any:
 
 
 def _unproven_ids(vocab: dict[str, int], added: Sequence[AddedToken]) -> Iterator[str]:
-    """Ids must be what HF `tokenizers` makes of the file, which numbers added tokens that the vocabulary lacks itself."""
+    """Ids must be what HF `tokenizers` makes of them: it numbers added tokens that the vocabulary lacks by itself."""
     if sorted(vocab.values()) != list(range(len(vocab))):
         yield "a vocabulary whose ids have holes or occur twice"
     largest = -1
@@ -260,9 +260,7 @@ def _unproven_ids(vocab: dict[str, int], added: Sequence[AddedToken]) -> Iterato
 
 
 def _unproven_merges(model: dict[str, Any]) -> Iterator[str]:
-    merges = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges") or []
-    ]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
     if len(set(merges)) < len(merges):
         yield "a merge that is there twice"
     if model.get("byte_fallback"):

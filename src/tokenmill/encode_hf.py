@@ -85,7 +85,7 @@ class HFEngine:
         eos_id = self._tokenizer.token_to_id(tokenizer.eos_token)
         if eos_id is None:
             raise TokenizerError(
-                f"tokenizer {tokenizer.name}: {self.version} has no token {tokenizer.eos_token!r}, though the file does",
+                f"tokenizer {tokenizer.name}: {self.version} lacks {tokenizer.eos_token!r}, which the file has",
                 next_step="name another end-of-sequence token with --eos-token",
             )
         return tokenizer._replace(

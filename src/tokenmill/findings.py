@@ -18,6 +18,7 @@ import numpy as np
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError
+from tokenmill.journal import elsewhere
 from tokenmill.manifest import Consolidated, Manifest
 
 _CHUNK_NBYTES = 8 << 20
@@ -57,6 +58,8 @@ class Inquiry:
                 f"{root}: expected {layout.MANIFEST} or {layout.CONSOLIDATED}, found neither",
                 next_step="give a directory that tokenmill pretokenize or consolidate made",
             )
+        self.elsewhere = elsewhere(root)
+        """Files that are in a store and not here, on purpose, by name: what is not here is not looked for."""
         self.checked: list[Checked] = []
         self.findings: list[Finding] = []
         self.done_nbytes = 0
@@ -68,8 +71,8 @@ class Inquiry:
 
     @property
     def has_tokens_file(self) -> bool:
-        """Whether `tokens.bin` is what holds the tokens."""
-        return self.record is not None and self.record.complete
+        """Whether `tokens.bin` is what holds the tokens, here."""
+        return self.record is not None and self.record.complete and layout.TOKENS not in self.elsewhere
 
     @property
     def dtype(self) -> np.dtype[Any]:

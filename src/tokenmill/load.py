@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
 from tokenmill.errors import DataRootError, QueryError
+from tokenmill.journal import elsewhere
 from tokenmill.manifest import Consolidated, Manifest
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 _VERIFY = "run tokenmill verify on the data root"
 _RESIDENT_NBYTES = 2 << 30
 """Of mapped files in the process at most; then it lets go of them (they stay in the system's cache)."""
-_FAULT_NBYTES = 1 << 16
-"""What Linux maps around a page that is touched, if it is cached."""
+_FAULT_NBYTES = 2 << 20
+"""What Linux may map around a page that is touched: as much as one folio of its cache holds."""
+PLACES_AT_ONCE = 256
+"""Read between two looks at how much is resident: half a gigabyte at most."""
+_PAGE_NBYTES = mmap.PAGESIZE
 
 
 class Piece(NamedTuple):
@@ -54,6 +58,7 @@ class TokenStream:
         self._starts = np.cumsum([0, *(piece.tokens for piece in pieces)])
         self.tokens = int(self._starts[-1])
         self._resident_nbytes = 0
+        self._allowed_nbytes = _RESIDENT_NBYTES
 
     @property
     def whole(self) -> NDArray[Any] | None:
@@ -88,12 +93,28 @@ class TokenStream:
                 yield chunk
 
     def note_read(self, nbytes: int, places: int = 1) -> None:
-        """Say that bytes are about to be read in so many places, so that resident memory stays bounded on any walk."""
+        """Say that bytes are about to be read in so many places, so that resident memory stays bounded on any walk.
+
+        What could have become resident is counted; what is, is measured when that is too much.
+        """
         self._resident_nbytes += nbytes + places * _FAULT_NBYTES
-        if self._resident_nbytes > _RESIDENT_NBYTES < self.tokens * self.dtype.itemsize:
-            self._resident_nbytes = 0
+        if self._resident_nbytes <= _RESIDENT_NBYTES // 4 or self.tokens * self.dtype.itemsize < _RESIDENT_NBYTES:
+            return
+        self._resident_nbytes = 0
+        if _mapped_nbytes() + _RESIDENT_NBYTES // 4 >= self._allowed_nbytes:
             for file in self._files:
                 file.release()
+            # What is left is not ours to let go of.
+            self._allowed_nbytes = max(_RESIDENT_NBYTES, _mapped_nbytes() + _RESIDENT_NBYTES // 2)
+
+
+def _mapped_nbytes() -> int:
+    """Resident memory of this process that files back; more than all there is where the system does not tell."""
+    try:
+        with Path("/proc/self/statm").open("rb") as file:
+            return int(file.read().split()[2]) * _PAGE_NBYTES
+    except OSError:
+        return 1 << 62
 
 
 class MappedArray:
@@ -144,6 +165,7 @@ class DataRoot(NamedTuple):
         Raises:
             DataRootError: neither is, or a file is not as long as it must be.
         """
+        self._refuse_part()
         if self.record is not None and self.record.complete:
             pieces = [Piece(self.root / layout.TOKENS, self.record.tokens)]
             return TokenStream(pieces, np.dtype(self.record.dtype).newbyteorder("<"))
@@ -158,6 +180,15 @@ class DataRoot(NamedTuple):
             f"a complete {layout.CONSOLIDATED}",
             next_step="run tokenmill pretokenize (or consolidate, for downloaded shards) to its end",
         )
+
+    def _refuse_part(self) -> None:
+        gone = elsewhere(self.root)
+        for name, store in sorted(gone.items()):
+            if name == layout.TOKENS or layout.shard_index(name) is not None:
+                raise DataRootError(
+                    f"{self.root}: a part of a data set: {name} is not here but in {store} ({len(gone)} such files)",
+                    next_step=f"run: tokenmill download {store} {self.root}",
+                )
 
     def documents(self) -> DocumentIndex:
         """Its documents.

@@ -15,10 +15,12 @@ from tokenmill import layout
 from tokenmill.documents import Document
 from tokenmill.encode_hf import HFEngine
 from tokenmill.errors import DataRootError, QueryError, TokenizerError
+from tokenmill.journal import elsewhere
 from tokenmill.load import DataRoot, open_root
-from tokenmill.manifest import Consolidated, FileLedger, TokenizerRecord
+from tokenmill.manifest import Consolidated, FileLedger, Manifest, TokenizerRecord
+from tokenmill.options import StoreOptions
 from tokenmill.recipe import Recipe
-from tokenmill.tokenizer import load_tokenizer
+from tokenmill.tokenizer import MAX_IDS, load_tokenizer
 
 _CHUNK_TOKENS = 1 << 22
 _TOP = 20
@@ -55,17 +57,52 @@ class Info(msgspec.Struct, kw_only=True):
     ledger: list[FileLedger]
     shards: list[ShardInfo]
     consolidated: Consolidated | None
+    notes: list[str] = []
+    """What a user should know of the corpus and the tokenizer."""
+    elsewhere: dict[str, str] = {}
+    """Files that are not here on purpose, by name, and the store that has them."""
 
 
-def info(root: Path) -> Info:
-    """What is recorded of a data root, finished or not; reads no token.
+def info(root: Path | str, store: StoreOptions = StoreOptions()) -> Info:  # noqa: B008  # immutable
+    """What is recorded of a data root, finished or not, here or in a bucket (`s3://BUCKET/PREFIX`); reads no token.
 
     Raises:
         DataRootError: nothing is recorded.
+        StorageError: the bucket cannot be read.
     """
-    _, manifest, record = open_root(root)
-    stored = [layout.TOKENS] if record and record.complete else []
-    if any(root.glob(layout.SHARD_GLOB)):
+    if "://" in str(root):
+        return _info_of_store(str(root), store)
+    here = Path(root)
+    found = open_root(here)
+    return _info(
+        str(here),
+        found.manifest,
+        found.record,
+        {path.name for path in here.glob("*") if path.is_file()},
+        elsewhere(here),
+    )
+
+
+def _info_of_store(url: str, options: StoreOptions) -> Info:
+    from tokenmill.downloads import stored_records  # needs what a local data root does not
+    from tokenmill.stores import open_store
+
+    store = open_store(url, options)
+    present = store.files()
+    manifest, record = stored_records(store, present)
+    if manifest is None and record is None:
+        raise DataRootError(
+            f"{url}: expected {layout.MANIFEST} or {layout.CONSOLIDATED} there, found neither",
+            next_step="check the URL; it must be that of a data set which tokenmill upload sent",
+        )
+    return _info(url, manifest, record, set(present), {})
+
+
+def _info(
+    root: str, manifest: Manifest | None, record: Consolidated | None, present: set[str], gone: dict[str, str]
+) -> Info:
+    stored = [layout.TOKENS] if layout.TOKENS in present and record and record.complete else []
+    if any(layout.shard_index(name) is not None for name in present):
         stored.insert(0, "shards")
     if record is not None and manifest is not None:
         record = msgspec.structs.replace(record, shards=[])  # the manifest's own, listed below
@@ -78,7 +115,7 @@ def info(root: Path) -> Info:
         copied = record.shards if record else []
         shards = [ShardInfo(layout.shard_name(i), shard.tokens, 0, shard.sha256) for i, shard in enumerate(copied)]
     return Info(
-        root=str(root),
+        root=root,
         complete=manifest.complete if manifest else record is not None and record.complete,
         stored_as=stored,
         tokens=manifest.tokens if manifest else record.tokens if record else 0,
@@ -93,6 +130,8 @@ def info(root: Path) -> Info:
         ledger=manifest.ledger if manifest else [],
         shards=shards,
         consolidated=record,
+        notes=manifest.notes if manifest else [],
+        elsewhere=dict(sorted(gone.items())),
     )
 
 
@@ -355,6 +394,12 @@ def token_counts(
     counts = np.zeros(1, np.int64)
     done = 0
     for chunk in chunks:
+        if len(chunk) and int(chunk.max()) >= MAX_IDS:
+            at = int(np.argmax(chunk >= MAX_IDS))
+            raise DataRootError(
+                f"token {done + at} of the stream: expected an id below {MAX_IDS}, found {int(chunk[at])}",
+                next_step="the file is damaged, or its tokens have another dtype: run tokenmill verify",
+            )
         found = np.bincount(chunk)
         if len(found) > len(counts):
             counts = np.pad(counts, (0, len(found) - len(counts)))

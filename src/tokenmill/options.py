@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 OnBadRows = Literal["error", "skip"]
@@ -17,3 +19,28 @@ class StoreOptions(NamedTuple):
     """Send no credentials to it."""
     revision: str | None = None
     """The commit an earlier run resolved a hub data set to."""
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_COUNT = re.compile(r"([+-]?)(\d[\d_]*(?:\.\d+)?)(?:e(\d{1,2}))?\s*([kmgbt]?|[kmgt]i)", re.IGNORECASE)
+LARGEST_COUNT = (1 << 63) - 1
+"""Counts and sizes are stored as signed 64-bit integers."""
+
+
+def parse_count(text: str) -> int:
+    """A count as people write it: `1_000_000`, `1M`, `1.5e9`, `150Gi` (k, M, G or B, T: thousands; Ki to Ti: 1,024s).
+
+    Raises:
+        ValueError: not a whole number, or more than 64 bits hold.
+    """
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r}: expected a whole number, such as 1000000, 1_000_000, 1M, 1e6 or 150Gi")
+    sign, digits, exponent, unit = match.groups()
+    value = Fraction(digits.replace("_", "")) * 10 ** int(exponent or 0) * _UNITS[unit.lower()]
+    if value.denominator != 1:
+        raise ValueError(f"{text!r}: expected a whole number, found {float(value)}")
+    if value > LARGEST_COUNT:
+        raise ValueError(f"{text!r}: expected at most {LARGEST_COUNT}")
+    return -int(value) if sign == "-" else int(value)

@@ -506,10 +506,9 @@ def _after_notes(job: _Job) -> list[str]:
     recipe, manifest = job.prepared.recipe, job.manifest
     notes = []
     texts = [file for file in manifest.files if format_of(file.path) == "text"]
-    if recipe.text_separator is not None and texts and all(file.rows is not None and file.rows <= 1 for file in texts):
-        notes.append(
-            f"--text-separator {recipe.text_separator!r} divides none of {len(texts):,} text files: each is one document"
-        )
+    separator = recipe.text_separator
+    if separator is not None and texts and all(file.rows is not None and file.rows <= 1 for file in texts):
+        notes.append(f"--text-separator {separator!r} divides none of {len(texts):,} text files: each is one document")
     if recipe.total_tokens is not None and manifest.tokens < recipe.total_tokens:
         notes.append(
             f"--total-tokens {recipe.total_tokens:,}: the corpus ended after {manifest.tokens:,} tokens, "

@@ -49,6 +49,8 @@ class Preflight(msgspec.Struct, frozen=True):
     disk_free_nbytes: int
     estimated_memory_nbytes: int
     estimated_seconds: float
+    notes: list[str] = []
+    """What a user should know of the corpus and the tokenizer."""
 
 
 def preflight(
@@ -95,6 +97,7 @@ def preflight(
         + (2 * workers + 2) * TEXT_NBYTES * _MEMORY_PER_TEXT
         + round(_held_rows(recipe, rows, text_nbytes / rows) * corpus_tokens / rows * itemsize),
         estimated_seconds=max(0, tokens - done_tokens) / (sample.tokens_per_second * workers),
+        notes=[*corpus.notes, *encoder.notes],
     )
 
 

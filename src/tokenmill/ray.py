@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import secrets
 import socket
 import tempfile
 import threading
@@ -48,8 +50,15 @@ class RayEngine:
     def __init__(self, address: str | None = None) -> None:
         self._ray = _import_ray()
         self._connected = not self._ray.is_initialized()
+        self._own_variables: tuple[str, ...] = ()
+        """Of the environment, to be removed at the end."""
         if self._connected:
-            _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "auto")
+            address = address or os.environ.get("RAY_ADDRESS") or "auto"
+            if address == "local" and not _has_token():
+                # Ray would write a token to ~/.ray, which turns authentication on for every later cluster of the user.
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+                self._own_variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
+            _connect(self._ray, address)
         self._remote: dict[Callable[..., Any], Any] = {}
         self._in_flight: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -74,6 +83,8 @@ class RayEngine:
         self.drop()
         if self._connected:
             self._ray.shutdown()
+        for name in self._own_variables:
+            os.environ.pop(name, None)
 
     @property
     def workers(self) -> int:
@@ -184,6 +195,12 @@ def _import_ray() -> Any:
     return ray
 
 
+def _has_token() -> bool:
+    """Whether the user said anything of authentication."""
+    told = any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return told or Path("~/.ray/auth_token").expanduser().exists()
+
+
 def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "://" in address:
@@ -198,6 +215,12 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if re.search(r"auth|token", str(error), re.IGNORECASE):
+            raise EngineError(
+                f"the Ray cluster at {address} wants another token, or any: {reason}",
+                next_step="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's token; "
+                "where the cluster has none, RAY_AUTH_MODE=disabled",
+            ) from None
         raise EngineError(
             f"no Ray cluster at {address}: {reason}",
             next_step="start one (ray start --head here, ray start --address HEAD:6379 on the others), name it with "

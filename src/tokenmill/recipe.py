@@ -16,10 +16,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tokenmill.errors import RecipeError
+from tokenmill.options import LARGEST_COUNT, parse_count
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_COUNT)]
 
 DEFAULT_SHARD_SIZE = 256 * 1024 * 1024
+
+_COUNTS = {"buffer_size", "shard_size", "total_tokens", "seq_len"}
+"""Fields that may be written as `"150Gi"` or `"1e9"`."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +95,12 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
     """
     fields = {} if source is None else _read_toml(source)
     fields.update(overrides or {})
+    for name in _COUNTS & fields.keys():
+        if isinstance(text := fields[name], str):
+            try:
+                fields[name] = parse_count(text)
+            except ValueError as error:
+                raise RecipeError(f"recipe {source or '(defaults)'}: {name}: {error}", next_step="correct it") from None
     try:
         return msgspec.convert(fields, Recipe)
     except msgspec.ValidationError as error:

@@ -45,7 +45,7 @@ def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: in
     }
     if not figures.done_tokens:
         del lines["done"]
-    return [f"{name:<10} {value}" for name, value in lines.items()]
+    return [f"{name:<10} {value}" for name, value in lines.items()] + [f"{'note':<10} {note}" for note in figures.notes]
 
 
 def summary_lines(summary: Summary) -> list[str]:
@@ -65,6 +65,7 @@ def summary_lines(summary: Summary) -> list[str]:
         *([f"requests that failed and were tried again: {summary.retries:,}"] if summary.retries else []),
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal",
+        *(f"note: {note}" for note in summary.notes),
         *_sent_lines(summary),
         *proof,
     ]
@@ -195,7 +196,21 @@ def verification_lines(result: Verification) -> list[str]:
     read = f"{result.nbytes / 1e9:.3f} GB read in {result.seconds:.1f} s"
     if result.findings:
         return [*lines, f"\u274c {_plural(len(result.findings), 'finding')}; {read}"]
+    if result.elsewhere:
+        lines += elsewhere_lines(result.elsewhere)
+        return [*lines, f"\u2705 what is here of {result.root} is what its records say; {read}"]
     return [*lines, f"\u2705 {result.root} is what its records say; {read}"]
+
+
+def elsewhere_lines(files: Mapping[str, str]) -> list[str]:
+    """Files of a data set that are in a store and not here."""
+    stores: dict[str, list[str]] = {}
+    for name, store in files.items():
+        stores.setdefault(store, []).append(name)
+    return [
+        f"not here but in {store}: {_plural(len(names), 'file')}: {names[0]}{f' to {names[-1]}' if names[1:] else ''}"
+        for store, names in stores.items()
+    ]
 
 
 def _plural(number: int, what: str) -> str:
@@ -206,7 +221,7 @@ def info_lines(found: Info) -> list[str]:
     """A data root at a glance."""
     lines = {
         "data root": f"{found.root}: {'complete' if found.complete else 'NOT complete'}, stored as "
-        f"{' and '.join(found.stored_as) or 'nothing yet'}",
+        f"{' and '.join(found.stored_as) or ('nothing here' if found.elsewhere else 'nothing yet')}",
         "tokens": f"{found.tokens:,} ({found.dtype})",
     }
     if found.recipe is not None and found.tokenizer is not None:
@@ -227,6 +242,7 @@ def info_lines(found: Info) -> list[str]:
             "made with": ", ".join(f"{name} {version}" for name, version in found.software.items()),
         }
     shown = [f"{name:<12} {value}" for name, value in lines.items()]
+    shown += [f"{'note':<12} {note}" for note in found.notes]
     if found.ledger:
         shown += [
             "",
@@ -241,6 +257,8 @@ def info_lines(found: Info) -> list[str]:
         shown += [f"{s.tokens:>15,} {s.documents:>12,}  {s.sha256}  {s.name}" for s in found.shards]
     if found.consolidated is not None and found.consolidated.complete:
         shown += ["", *file_lines(found.consolidated)]
+    if found.elsewhere:
+        shown += ["", *elsewhere_lines(found.elsewhere)]
     return shown
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from tokenmill.choice import format_of
+from tokenmill.crash import note_opened
 from tokenmill.errors import SourceError
 from tokenmill.locations import Location, SourceFile, locate
 from tokenmill.options import StoreOptions
@@ -39,6 +40,7 @@ class Corpus(NamedTuple):
         """
         file = self.files[index]
         name = self.name_of(file.path)
+        note_opened(name, self.text_column)
         opener = functools.partial(self.location.open, file)
         kind = format_of(file.path)
         if kind == "parquet":

@@ -36,6 +36,10 @@ _READ_NBYTES = 1 << 20
 """Read at once from a column chunk, which may be as large as the file."""
 
 
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, NotImplementedError, OverflowError, MemoryError, KeyError)
+"""What the library raises for damaged files; errors of Unicode and of Arrow are ValueErrors."""
+
+
 class ParquetFile:
     """One parquet file: its rows, its spans, and their text (a `spans.SpanReader`).
 
@@ -60,11 +64,14 @@ class ParquetFile:
                 self._schema = file.schema_arrow
         except FileNotFoundError:
             raise gone(name) from None
-        except (pa.ArrowInvalid, OSError) as error:
+        except _UNREADABLE as error:
             raise SourceError(f"{name}: not a readable parquet file: {first_line(error)}", next_step=MEND) from None
         check_text_column(name, self._schema, text_column)
         self.rows = int(self._metadata.num_rows)
-        self._units = list(self._plan_units())
+        try:
+            self._units = list(self._plan_units())
+        except _UNREADABLE as error:
+            raise SourceError(f"{name}: its footer cannot be read: {first_line(error)}", next_step=MEND) from None
         self.wanted: frozenset[Span] | None = None
         """The spans that will be read; None: all but those dropped."""
         self.dropped: set[Span] = set()
@@ -89,7 +96,7 @@ class ParquetFile:
             column = metadata.column(leaf)
             if column.path_in_schema == self.column:
                 return column
-        raise AssertionError(f"{self.name}: column {self.column} vanished from the footer")
+        raise ValueError(f"row group {group} has no column {self.column!r}")
 
     def _plan_units(self) -> Iterator[_Unit]:
         """Neighbouring row groups, joined until they hold a span."""
@@ -186,7 +193,7 @@ class ParquetFile:
             try:
                 with pq.ParquetFile(native(self._opener()), page_checksum_verification=True) as file:
                     file.read_row_group(group, columns=[self.column])
-            except (pa.ArrowException, OSError):
+            except _UNREADABLE:
                 return f"row group {group}"
         return f"row groups {groups[0]} to {groups[-1]}"
 
@@ -245,7 +252,7 @@ class _UnitReader:
                 raise self._damaged(f"expected {rows} more rows, found {rows - missing}") from None
             except FileNotFoundError:
                 raise gone(self._file.name) from None
-            except (pa.ArrowException, OSError) as error:
+            except _UNREADABLE as error:
                 raise self._damaged(first_line(error)) from None
             pieces.append(batch.column(0))
             missing -= len(batch)

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokenmill.errors import SourceError
 from tokenmill.locations import MEND
@@ -207,7 +208,7 @@ def _decompressed(raw: pa.NativeFile, compression: str | None) -> Any:
     """Something whose `read` gives the content of a file."""
     if compression == "gzip":
         # Python's reader knows that tapes and tools pad with zeros, and takes an end that is missing for an error.
-        return gzip.GzipFile(fileobj=io.BufferedReader(_PythonFile(raw), _READ_NBYTES))  # type: ignore[arg-type]
+        return gzip.GzipFile(fileobj=io.BufferedReader(_PythonFile(raw), _READ_NBYTES))
     return pa.CompressedInputStream(raw, compression) if compression else raw
 
 
@@ -335,6 +336,29 @@ class TextFile(_Delimited):
         return Texts(pa.array(piece, pa.large_binary()))
 
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_END_OF_OLD_STREAM = b"\0\0\0\0"
+"""Before version 0.15 of the format (https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format)."""
+
+
+def _require_sound(texts: pa.Array) -> None:
+    """Offsets and indices must lie inside their buffers: what is read beyond them is another column, or nothing.
+
+    Whether the text is UTF-8 is another question, with an answer for each row.
+
+    Raises:
+        pa.ArrowInvalid: they do not.
+    """
+    if pa.types.is_dictionary(texts.type):
+        texts.indices.validate(full=True)
+        indices = texts.indices.drop_null()
+        if len(indices) and not 0 <= pc.min(indices).as_py() <= pc.max(indices).as_py() < len(texts.dictionary):
+            raise pa.ArrowInvalid("dictionary index out of range")
+        texts = texts.dictionary
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    texts.view(as_bytes.get(texts.type, texts.type)).validate(full=True)
+
+
 class ArrowFile(StreamedFile[pa.Array]):
     """Arrow IPC, as a file (Feather 2 is that) or as a stream."""
 
@@ -349,6 +373,7 @@ class ArrowFile(StreamedFile[pa.Array]):
             self._read_share = 0.0
             for batch in self._batches():
                 texts = batch.column(batch.schema.get_field_index(self._column))
+                _require_sound(texts)
                 rows = max(1, len(texts) * TEXT_NBYTES // max(TEXT_NBYTES, texts.nbytes))
                 for at in range(0, len(texts), min(rows, self._span_rows)):
                     piece = texts.slice(at, min(rows, self._span_rows))
@@ -363,12 +388,21 @@ class ArrowFile(StreamedFile[pa.Array]):
                 for batch in stream:
                     self._read_share = self._raw.tell() / self._nbytes
                     yield batch
+                self._require_end()
             return
         with pa.ipc.open_file(self._raw) as file:
             check_text_column(self.name, file.schema, self._column)
             for index in range(file.num_record_batches):
                 self._read_share = (index + 1) / file.num_record_batches
                 yield file.get_batch(index)
+
+    def _require_end(self) -> None:
+        """A stream that was cut off between two batches reads as if it were whole, but for its last bytes."""
+        end = self._raw.tell()
+        self._raw.seek(max(0, end - len(_END_OF_STREAM)))
+        last = self._raw.read(len(_END_OF_STREAM))
+        if last != _END_OF_STREAM and last[-4:] != _END_OF_OLD_STREAM:
+            raise pa.ArrowInvalid("the stream has no end: it was cut off, or its writer was not closed")
 
     def _parse(self, piece: pa.Array, span: Span) -> Texts:
         return Texts(piece)

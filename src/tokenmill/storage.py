@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -146,6 +147,19 @@ def make_root(root: Path) -> None:
         _fsync_directory(root.parent)
 
 
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
+_LOCK_SECONDS = 1.0
+"""A process that was killed may take a moment to let go of its lock."""
+
+
+def _no_locks(root: Path, reason: str) -> DataRootError:
+    return DataRootError(
+        f"{root}: its file system has no locks ({reason}), which keep two runs from writing to one data root",
+        next_step="use a directory on a local disk, or mount the file system with locks (NFS: with lockd and without "
+        "nolock; Lustre: with flock)",
+    )
+
+
 @contextlib.contextmanager
 def held(root: Path) -> Iterator[None]:
     """Hold the data root's lock; the operating system lets go of it when the process ends, however it ends.
@@ -156,12 +170,22 @@ def held(root: Path) -> Iterator[None]:
     lock = filelock.FileLock(root / layout.LOCK)
     with reported(root):
         try:
-            lock.acquire(timeout=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of versions that take a file's existence for a lock then
+                lock.acquire(timeout=_LOCK_SECONDS, poll_interval=0.02)
         except filelock.Timeout:
             raise DataRootError(
                 f"{root}: another tokenmill process is at work on this data root",
                 next_step="wait for it, stop it, or choose another directory",
             ) from None
+        except (NotImplementedError, OSError) as error:
+            number = getattr(error, "errno", None) or errno.ENOSYS
+            if number not in _NO_LOCKS:
+                raise
+            raise _no_locks(root, errno.errorcode[number]) from None
+        if isinstance(lock, filelock.SoftFileLock):
+            lock.release()
+            raise _no_locks(root, "ENOSYS")
     try:
         yield
     finally:

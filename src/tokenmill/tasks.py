@@ -5,6 +5,7 @@ A task may be run again, elsewhere and at the same time, and gives the same.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import platform
@@ -256,7 +257,7 @@ def _folder(target: Target) -> Iterator[Path]:
     """The data root, or where shards do not stay in it a folder of this machine for the time being."""
     if not target.keep_local:
         _sweep()
-        with tempfile.TemporaryDirectory(prefix=f"{_PASSING}{os.getpid()}-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{_PASSING}{_process_space()}-{os.getpid()}-") as folder:
             yield Path(folder)
         return
     try:
@@ -271,11 +272,29 @@ def _folder(target: Target) -> Iterator[Path]:
     yield target.root
 
 
+def _process_space() -> str:
+    """What tells apart machines, and containers of one machine that share its temporary folder: process ids of one
+    say nothing in another."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # no file, but Linux's way to ask
+    except OSError:
+        namespace = 0
+    return f"{hashlib.sha256(f'{socket.gethostname()} {_boot()}'.encode()).hexdigest()[:8]}.{namespace}"
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
+
+
 def _sweep() -> None:
     """Remove what tasks left on this machine that were killed."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PASSING}*"):
-        pid = path.name.removeprefix(_PASSING).partition("-")[0]
-        if os.name == "posix" and pid.isdecimal():
+        space, _, rest = path.name.removeprefix(_PASSING).partition("-")
+        pid = rest.partition("-")[0]
+        if os.name == "posix" and space == _process_space() and pid.isdecimal():
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tokenmill import dataset, layout
+from tokenmill.dataset import ShardSamples
 
 try:
     import torch
@@ -130,30 +132,92 @@ def _widened(tokens: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     return batch
 
 
-class SharedShardedDataset(TokenDataset):
-    """In place of Templar's class of this name: the data root in `$DATASET_BINS_PATH`, samples of the stored dtype.
+class SharedShardedDataset(Dataset[torch.Tensor]):
+    """In place of Templar's class of this name, of today or of July 2025.
+
+    Today's (one-covenant/templar, commit e1e76c3 of January 2026) takes a shard's index first and opens
+    `train_NNNNNN.npy` with `sample_ids_NNNNNN.npy` below `$DATASET_BINS_PATH`; where such ids are not stored they are
+    made from the tokens. That of July 2025 (tplr-ai/templar) takes the sequence length first and opens `tokens.bin`
+    with `sample_ids.bin`. All four of the first arguments mean today's, which wants all of them.
+
+    Samples are tensors of the stored dtype with memory of their own.
 
     Args:
+        shard_index: which shard; left out for the class of July 2025.
         sequence_length: tokens per sample.
         rank: of this process; all ranks see all samples, their samplers share them out.
         world_size: number of processes.
-        token_dtype: of the stored tokens.
+        token_dtype: of the stored tokens; None takes uint32 for today's class, uint16 for the one of July 2025.
+        file_prefix: of the shard's name.
 
     Raises:
-        DataRootError: as `tokenmill.TokenDataset`, and where there is no `tokens.bin`.
+        DataRootError: a file is missing, not a shard, or of another dtype.
+        ValueError: the shard's tokens do not divide by `sequence_length`.
     """
 
     def __init__(
-        self, sequence_length: int, rank: int = 0, world_size: int = 1, *, token_dtype: DTypeLike = np.uint16
+        self,
+        *positional: int,
+        shard_index: int | None = None,
+        sequence_length: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        token_dtype: DTypeLike | None = None,
+        file_prefix: str = "train",
     ) -> None:
-        super().__init__(None, dtype=None, seq_len=sequence_length, stored_dtype=np.dtype(token_dtype).name)
-        self.seqlen = sequence_length
-        self.rank, self.world = rank, world_size
-        self.tokens_file = self.data.root / layout.TOKENS
-        self.ids_file = self.data.root / layout.SAMPLE_IDS
-        self.total_samples = len(self.data.sample_ids)
+        given = {"sequence_length": sequence_length, "rank": rank, "world_size": world_size}
+        if shard_index is not None or len(positional) + sum(value is not None for value in given.values()) == 4:
+            given = {"shard_index": shard_index, **given}
+        names = [name for name, value in given.items() if value is None]
+        if len(positional) > len(names):
+            raise TypeError(f"expected at most {len(names)} positional arguments, found {len(positional)}")
+        found = given | dict(zip(names, positional, strict=False))
+        is_of_shards = "shard_index" in found
+        length = found["sequence_length"]
+        if length is None:
+            raise TypeError("sequence_length is missing")
+        self.seqlen: int = length
+        self.rank, self.world = found["rank"] or 0, found["world_size"] or 1
+        kind = np.dtype(token_dtype if token_dtype is not None else np.uint32 if is_of_shards else np.uint16)
+        if is_of_shards:
+            files = self.locate_shards(found["shard_index"] or 0, file_prefix=file_prefix)
+            self.tokens_file, self.ids_file = map(Path, files)
+            self._samples: Any = ShardSamples(self.tokens_file, self.ids_file, seq_len=length, dtype=kind.name)
+        else:
+            self._samples = dataset.TokenDataset(None, seq_len=length, dtype=kind.name)
+            self.tokens_file, self.ids_file = (self._samples.root / name for name in (layout.TOKENS, layout.SAMPLE_IDS))
+        self.data = self._samples
+        """The same samples as NumPy arrays."""
+        self.total_samples = len(self._samples.sample_ids)
+
+    @staticmethod
+    def locate_shards(
+        shard_index: int, custom_path: os.PathLike[str] | str | None = None, file_prefix: str = "train"
+    ) -> tuple[str, str]:
+        """Paths of a shard's tokens and sample ids, as Templar names them, whether they exist or not.
+
+        Raises:
+            ValueError: neither `custom_path` nor `$DATASET_BINS_PATH` says where.
+        """
+        folder = custom_path or os.environ.get(dataset.ROOT_VARIABLE)
+        if not folder:
+            raise ValueError(f"no data root: set {dataset.ROOT_VARIABLE}, or give custom_path")
+        infix = f"{file_prefix}_" if file_prefix == "anneal" else ""
+        names = f"{file_prefix}_{shard_index:06d}.npy", f"sample_ids_{infix}{shard_index:06d}.npy"
+        return str(Path(folder, names[0])), str(Path(folder, names[1]))
+
+    def __len__(self) -> int:
+        return self.total_samples
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        tokens = self._samples[index]
+        return _widened(tokens, getattr(torch, tokens.dtype.name))
 
     @property
     def sample_ids(self) -> torch.Tensor:
-        """All ids, mapped, shape `(total_samples,)`, `torch.uint64`; what is written to it stays in this process."""
-        return torch.from_numpy(np.memmap(self.ids_file, "<u8", "c"))
+        """All ids, shape `(total_samples,)`, `torch.uint64`; what is written to it stays in this process."""
+        return torch.from_numpy(np.array(self._samples.sample_ids))
+
+    def sample_id(self, index: int) -> int:
+        """The id of a sample."""
+        return int(self._samples.sample_id(index))

@@ -16,15 +16,16 @@ from pathlib import Path
 
 from tokenmill import layout, storage
 from tokenmill import manifest as manifests
-from tokenmill.downloads import bring, refuse_other, stored_manifest
+from tokenmill.downloads import bring, refuse_other, stored_records
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.etags import ETagHasher, md5_etag, parts_etag
+from tokenmill.journal import Journal
 from tokenmill.manifest import Manifest
 from tokenmill.options import StoreOptions
 from tokenmill.retry import AnswerError, ChangedError, TransientError
 from tokenmill.s3 import S3Object, UploadedPart
 from tokenmill.stores import BucketStore, FolderStore, StoredFile, open_store
-from tokenmill.transfer import EVERYTHING, RECORDS, Journal, Moved, Report, Selection, Show, digests, missing
+from tokenmill.transfer import EVERYTHING, RECORDS, Moved, Report, Selection, Show, digests, missing
 
 PART_NBYTES = 32 << 20
 WHOLE_NBYTES = 64 << 20
@@ -133,7 +134,7 @@ class Sender:
         self._store = store
         self._show = show
         self._there = store.files()
-        refuse_other(store.name, stored_manifest(store, self._there), coming)
+        refuse_other(store.name, stored_records(store, self._there)[0], coming)
         self._journal = Journal(root, store.name) if remembers else None
         self._lock = threading.Lock()
         self._done_nbytes = 0

@@ -31,6 +31,8 @@ class Verification(msgspec.Struct, kw_only=True):
     nbytes: int
     """Read."""
     seconds: float
+    elsewhere: dict[str, str] = {}
+    """Files that are not here on purpose, by name, and the store that has them: they were not looked at."""
 
     @property
     def passed(self) -> bool:
@@ -70,6 +72,13 @@ def verify(
     if not quick:
         TokenChecks(job).check()
         DocumentChecks(job).check()
+    if deep and job.elsewhere:
+        name, where = next(iter(job.elsewhere.items()))
+        raise DataRootError(
+            f"{root}: a part of a data set cannot be compared with the source: {name} is not here but in {where} "
+            f"({len(job.elsewhere)} such files)",
+            next_step="download the rest, or verify without --deep",
+        )
     if deep and job.manifest is not None:
         verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer, store=store)
     elif deep:
@@ -83,4 +92,5 @@ def verify(
         findings=job.findings,
         nbytes=job.done_nbytes,
         seconds=round(time.monotonic() - started, 3),
+        elsewhere=dict(sorted(job.elsewhere.items())),
     )

@@ -299,6 +299,8 @@ def _values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) ->
         data.seek(0)
         table = (pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)).read_all()
         for chunk in table.column(column).chunks:
+            binary = chunk if pa.types.is_dictionary(chunk.type) else chunk.view(_AS_BYTES.get(chunk.type, chunk.type))
+            binary.validate(full=True)
             yield from _texts_of(chunk)
         return
     packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
@@ -316,6 +318,9 @@ def _values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) ->
         rows_found.pop()
     for row in rows_found:
         yield _json_text(row, column) if kind == "jsonl" else _decoded(row)
+
+
+_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
 def _texts_of(column: pa.Array) -> Iterator[str | None]:

@@ -38,12 +38,14 @@ class DocumentChecks(Checks):
     def _check_documents(self, manifest: Manifest) -> None:
         paths = {file.path: index for index, file in enumerate(manifest.files)}
         counted = np.zeros(len(manifest.files), np.int64)
-        expected_start = 0
+        expected_start: int | None = 0
+        """None: not known, because the sidecar before is not here, or not readable."""
         for shard in manifest.shards:
             name = f"documents_{shard.index:06d}.parquet"
             path = self.root / name
-            if not path.is_file():
-                return  # told by the check of files; what follows could not be placed
+            if not path.is_file():  # elsewhere, or told by the check of files
+                expected_start = None
+                continue
             self.job.check_digest(path, shard.documents_sha256)
             try:
                 table = pq.read_table(path).cast(_SCHEMA)
@@ -53,25 +55,44 @@ class DocumentChecks(Checks):
                 self.job.require(
                     False, name, "the file", "is a sidecar", expected="parquet", found=str(error).split("\n")[0]
                 )
-                return
+                expected_start = None
+                continue
             self.job.same(name, "the file", "documents", expected=shard.documents, found=len(start))
             if len(start):
-                expected_start = self._check_rows(shard, name, start, tokens, expected_start)
+                begins = int(start[0]) if expected_start is None else expected_start
+                expected_start = self._check_rows(shard, name, start, tokens, begins)
                 self._check_ends(name, start + tokens - 1)
                 files = self._files_of(name, source, paths)
                 self._check_source_rows(name, files, row)
-                counted += np.bincount(files[files >= 0], minlength=len(counted))
-        self.job.require(
-            expected_start >= manifest.tokens,
-            layout.MANIFEST,
-            "tokens",
-            "documents reach the end of the stream",
-            expected=f"{manifest.tokens} or more",
-            found=expected_start,
-        )
-        for entry, found in zip(manifest.ledger, counted.tolist(), strict=False):
+                found = np.bincount(files[files >= 0], minlength=len(counted))
+                self._check_ledger(shard, name, found)
+                counted += found
+        if expected_start is not None:
+            self.job.require(
+                expected_start >= manifest.tokens,
+                layout.MANIFEST,
+                "tokens",
+                "documents reach the end of the stream",
+                expected=f"{manifest.tokens} or more",
+                found=expected_start,
+            )
+        if any(layout.documents_name(shard.index) in self.job.elsewhere for shard in manifest.shards):
+            return
+        for entry, count in zip(manifest.ledger, counted.tolist(), strict=False):
             what = "documents in the sidecars"
-            self.job.same(layout.MANIFEST, f"ledger[{entry.path}]", what, expected=entry.documents, found=found)
+            self.job.same(layout.MANIFEST, f"ledger[{entry.path}]", what, expected=entry.documents, found=count)
+
+    def _check_ledger(self, shard: ShardRecord, name: str, found: NDArray[np.int64]) -> None:
+        """Documents of each source file are as many as the shard's own ledger has."""
+        expected = np.zeros(len(found), np.int64)
+        for count in shard.ledger:
+            if 0 <= count.file < len(expected):  # others are told by the check of records
+                expected[count.file] += count.documents
+        differs = np.flatnonzero(expected != found)
+        if len(differs):
+            at = int(differs[0])
+            what = f"documents of source file {at}, by manifest.json"
+            self.job.same(name, "the file", what, expected=int(expected[at]), found=int(found[at]))
 
     def _check_rows(
         self, shard: ShardRecord, name: str, start: NDArray[np.int64], tokens: NDArray[np.int64], expected_start: int
@@ -98,6 +119,10 @@ class DocumentChecks(Checks):
         assert self.job.manifest is not None
         eos = self.job.manifest.tokenizer.eos_id
         inside = np.flatnonzero((ends >= 0) & (ends < self.job.manifest.tokens))
+        if not self.job.has_tokens_file:
+            size = self.job.manifest.recipe.shard_size
+            gone = [index for index in np.unique(ends[inside] // size).tolist() if self._is_elsewhere(index)]
+            inside = inside[~np.isin(ends[inside] // size, gone)]
         found = self._tokens_at(ends[inside])
         wrong = np.flatnonzero(found != eos)
         if len(wrong):
@@ -110,6 +135,9 @@ class DocumentChecks(Checks):
                 expected=eos,
                 found=int(found[wrong[0]]) if found[wrong[0]] >= 0 else "no such token",
             )
+
+    def _is_elsewhere(self, shard: int) -> bool:
+        return layout.shard_name(shard) in self.job.elsewhere or layout.TOKENS in self.job.elsewhere
 
     def _tokens_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of the stream at ascending positions; -1 where a file does not have them."""

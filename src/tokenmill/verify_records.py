@@ -165,18 +165,24 @@ class RecordChecks(Checks):
         wanted = [f"train_{index:06d}.npy" for index in range(len(expected))]
         if present or not self.job.has_tokens_file:
             for name, (tokens, _) in zip(wanted, expected, strict=True):
-                self._check_shard_file(name, tokens)
+                if name not in self.job.elsewhere:
+                    self._check_shard_file(name, tokens)
         for name in sorted(present - set(wanted)):
             self._surplus(name)
         documents = [f"documents_{index:06d}.parquet" for index in range(len(expected))] if self.job.manifest else []
         there = {path.name for path in self.root.glob(layout.DOCUMENTS_GLOB)}
         for name in documents:
-            self._check_there(name, name in there)
+            self._check_there(name, (self.root / name).is_file() or name in self.job.elsewhere)
         for name in sorted(there - set(documents)):
             self._surplus(name)
         if self.job.record is not None and self.job.record.complete:
-            self._check_size(layout.TOKENS, self.job.record.tokens * self.job.dtype.itemsize)
-            self._check_size(layout.SAMPLE_IDS, self.job.record.samples * 8)
+            sizes = {
+                layout.TOKENS: self.job.record.tokens * self.job.dtype.itemsize,
+                layout.SAMPLE_IDS: self.job.record.samples * 8,
+            }
+            for name, nbytes in sizes.items():
+                if name not in self.job.elsewhere:
+                    self._check_size(name, nbytes)
         elif self.job.record is None:
             for name in (layout.TOKENS, layout.SAMPLE_IDS):
                 if (self.root / name).exists():

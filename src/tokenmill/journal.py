@@ -1,0 +1,91 @@
+"""Journal: `transfers.json` of a directory: which of its files are in which store, and which are only there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tokenmill import layout, storage
+
+if TYPE_CHECKING:
+    from tokenmill.stores import StoredFile
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A file that is the same here and there."""
+
+    etag: str
+    """There."""
+    nbytes: int
+    mtime_ns: int
+    """Here; 0 where the file is not to be here."""
+    checked: str = ""
+    """What proved that both are the same, as in `Moved`; empty: nothing that is known."""
+
+
+class Journal:
+    """`transfers.json` of a directory: which of its files are known to be in which store.
+
+    A file of another size or modification time, here or there, is not the one remembered.
+    """
+
+    def __init__(self, root: Path, store: str) -> None:
+        self._root = root
+        self._store = store
+        self._lock = threading.Lock()
+        self._stores = _stored_entries(root)
+        self._entries = self._stores.setdefault(store, {})
+
+    def has(self, file: StoredFile) -> bool:
+        """Whether the file here is the one of that store."""
+        entry = self._entries.get(file.path)
+        try:
+            stat = (self._root / file.path).stat()
+        except OSError:
+            return False
+        known = entry is not None and (entry.etag, entry.nbytes, entry.mtime_ns, entry.checked != "")
+        return known == (file.etag, file.nbytes, stat.st_mtime_ns, True) and stat.st_size == file.nbytes
+
+    def checked(self, path: str) -> str:
+        """What proved that a file is the same here and there."""
+        return self._entries[path].checked
+
+    def sent(self, file: StoredFile) -> bool:
+        """Whether a file was sent to that store, is there still, and need not be here any more."""
+        entry = self._entries.get(file.path)
+        return entry is not None and (entry.etag, entry.nbytes) == (file.etag, file.nbytes)
+
+    def note(self, file: StoredFile, checked: str) -> None:
+        """Remember that the file here, if there is one, is the one there, and what proved it."""
+        self.note_all([file], checked)
+
+    def note_all(self, files: Iterable[StoredFile], checked: str) -> None:
+        """The same of several."""
+        with self._lock:
+            for file in files:
+                path = self._root / file.path
+                mtime_ns = path.stat().st_mtime_ns if path.exists() else 0
+                self._entries[file.path] = Entry(file.etag, file.nbytes, mtime_ns, checked)
+            storage.write_whole(self._root / layout.TRANSFERS, msgspec.json.encode(self._stores))
+
+
+def elsewhere(root: Path) -> dict[str, str]:
+    """The stores that hold files of a data root which are not here because they were sent away or not fetched."""
+    return {
+        path: store
+        for store, entries in _stored_entries(root).items()
+        for path, entry in entries.items()
+        if entry.mtime_ns == 0 and not (root / path).exists()
+    }
+
+
+def _stored_entries(root: Path) -> dict[str, dict[str, Entry]]:
+    try:
+        data = (root / layout.TRANSFERS).read_bytes()
+        return msgspec.json.decode(data, type=dict[str, dict[str, Entry]])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}  # what is not remembered is compared
