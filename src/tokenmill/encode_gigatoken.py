@@ -260,13 +260,19 @@ def _unproven_ids(vocab: dict[str, int], added: Sequence[AddedToken]) -> Iterato
 
 
 def _unproven_merges(model: dict[str, Any]) -> Iterator[str]:
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    try:
+        given = msgspec.convert(model.get("merges"), list[str | tuple[str, str]])
+    except msgspec.ValidationError:
+        yield "merges that are no pairs of pieces"
+        return
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in given]
     if len(set(merges)) < len(merges):
         yield "a merge that is there twice"
-    if model.get("byte_fallback"):
-        bytes_ = set(map("<0x{:02X}>".format, range(256)))
-        if any(part in bytes_ for merge in merges for part in (*merge, "".join(merge))):
-            yield "a merge of byte_fallback's own pieces"
+    known = model["vocab"].keys() - (set(map("<0x{:02X}>".format, range(256))) if model.get("byte_fallback") else set())
+    for merge in merges:
+        if len(merge) != 2 or not (merge[0] in known and merge[1] in known and "".join(merge) in known):
+            yield f"the merge {' '.join(merge)!r} of what are no pieces"
+            return
 
 
 def _unproven_added_tokens(added: Sequence[AddedToken], normalizes: bool, special_in_text: str) -> Iterator[str]:

@@ -42,7 +42,7 @@ def walk(root: Path) -> Listing:
         links, walking.links = sorted(walking.links), []
         for link in links:
             walking.follow(link)
-    files, repeated = once(root / name for name in walking.files)
+    files, repeated = once((root / name for name in walking.files), root)
     left_out = [*walking.repeated, *(path.relative_to(root).as_posix() for path in repeated)]
     return Listing(
         sorted(path.relative_to(root).as_posix() for path in files), sorted(left_out), sorted(walking.hidden)
@@ -86,22 +86,24 @@ class _Walk:
         return path.relative_to(self._root).as_posix()
 
 
-def once(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Paths of different files, and those that lead to one of these again."""
-    every = sorted(set(paths))
-    links = [path for path in every if path.is_symlink()]
-    kept = [path for path in every if not path.is_symlink()] if links else every
+def once(paths: Iterable[Path], root: Path = Path("/")) -> tuple[list[Path], list[Path]]:
+    """Paths of different files, and those that lead to one of these again.
+
+    Where several lead to one file, the one is kept that has no link in it below `root`, else the one that sorts first.
+    """
+    plain = os.path.realpath(root).rstrip("/") + "/"
     folders: dict[Path, str] = {}
-    seen = set()
-    for path in kept:
-        real = folders.get(path.parent) or folders.setdefault(path.parent, os.path.realpath(path.parent))
-        seen.add(f"{real}/{path.name}")
-    repeated: list[Path] = []
-    for path in links:
-        real = os.path.realpath(path)
-        (repeated if real in seen else kept).append(path)
-        seen.add(real)
-    return kept, repeated
+    by_file: dict[str, list[Path]] = {}
+    for path in sorted(set(paths)):
+        folder = folders.get(path.parent) or folders.setdefault(path.parent, os.path.realpath(path.parent))
+        real = os.path.realpath(path) if path.is_symlink() else f"{folder}/{path.name}"
+        by_file.setdefault(real, []).append(path)
+    kept = [
+        min(ways, key=lambda path: (f"{plain}{path.relative_to(root).as_posix()}" != real, path))
+        for real, ways in by_file.items()
+    ]
+    chosen = set(kept)
+    return sorted(kept), [path for ways in by_file.values() for path in ways if path not in chosen]
 
 
 def expand(pattern: str) -> list[Path]:
@@ -121,12 +123,14 @@ def _expanded(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         return
     part, rest = parts[0], parts[1:]
     if part == "**":
-        listing = walk(folder)
-        for name in {"": None} | {parent.as_posix(): None for file in listing.files for parent in Path(file).parents}:
-            if rest:
-                yield from _expanded(folder / name, rest)
+        files = [
+            file for file in walk(folder).files if not any(part.startswith("__") for part in Path(file).parts[:-1])
+        ]
         if not rest:
-            yield from (folder / name for name in listing.files)
+            yield from (folder / name for name in files)
+            return
+        for name in dict.fromkeys(["", *(parent.as_posix() for file in files for parent in Path(file).parents)]):
+            yield from _expanded(folder / name, rest)
     elif not MAGIC.search(part):
         if os.path.lexists(folder / part):
             yield from _expanded(folder / part, rest)
@@ -134,5 +138,6 @@ def _expanded(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
-            if fnmatch.fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")):
+            hidden = name.startswith(".") or (name.startswith("__") and bool(rest))
+            if fnmatch.fnmatchcase(name, part) and (not hidden or part[0] == name[0]):
                 yield from _expanded(folder / name, rest)
