@@ -19,7 +19,7 @@ import pytest
 import tokenmill
 from conftest import REPOSITORY, command, run_cli, shared, write_parquet
 from test_pipeline import every_digest, shard_digests
-from tokenmill import manifest
+from tokenmill import manifest, storage
 from tokenmill.cli import cli
 from tokenmill.demo import TOKENIZER
 from tokenmill.recipe import Recipe, load_recipe
@@ -53,7 +53,8 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("consolidate") == [*join, *quiet, *as_json]
     deep = ["--quick", "--deep", "--dataset", "--tokenizer", *store, "--num-proc"]
     assert flags("verify") == [*deep, *quiet, *as_json]
-    assert flags("info") == flags("stats") == flags("receipts") == as_json
+    assert flags("info") == [*store, *as_json]
+    assert flags("stats") == flags("receipts") == as_json
     assert flags("show") == ["--sample", "--ids", *as_json]
     assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == ["--num-proc"]
@@ -209,16 +210,13 @@ def test_interrupt_stops_cleanly_and_goes_on(tmp_path: Path, long_corpus: Path, 
     assert every_digest(out) == every_digest(tmp_path / "whole")
 
 
-def test_a_second_process_is_refused(tmp_path: Path, long_corpus: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "out"
-    line = command("pretokenize", out, *options(long_corpus, "--shard-size", 200_000))
-    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "manifest.json").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    second = run_cli("pretokenize", out, *options(long_corpus, "--shard-size", 200_000))
+    out.mkdir()
+    with storage.held(out):
+        second = run_cli("pretokenize", out, *options(corpus, "--shard-size", 2_000))
     assert (second.returncode, "another tokenmill process" in second.stderr) == (5, True)
-    assert first.wait(120) == 0
+    assert run_cli("pretokenize", out, *options(corpus, "--shard-size", 2_000)).returncode == 0
 
 
 def test_plain_progress_when_not_a_terminal(

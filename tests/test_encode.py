@@ -81,7 +81,7 @@ def test_slices_and_other_text_types_encode_alike() -> None:
 class LyingEngine:
     """Changes the last token of every document."""
 
-    name, version = "liar", "liar 1"
+    name, version, doubtful = "liar", "liar 1", None
 
     def encode(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = REFERENCE.engine.encode(texts)
@@ -97,14 +97,6 @@ def test_audit_stops_an_engine_that_lies() -> None:
         lying.encode(Texts(texts), where="part-7.parquet", first_row=0)
     with pytest.raises(AuditError, match=r"row 10:"):
         lying.encode(Texts(pa.array(["holds </s> inside"])), where="part-7.parquet", first_row=10)
-
-
-def test_audit_samples_the_same_rows_in_any_spans() -> None:
-    texts = pa.array([f"document {i}" for i in range(4000)])
-    whole = FAST.encode(Texts(texts), where="", first_row=0).audited
-    halves = [FAST.encode(Texts(texts.slice(at, 1000)), where="", first_row=at).audited for at in range(0, 4000, 1000)]
-    assert whole == sum(halves)
-    assert 1 <= whole <= 12
 
 
 def test_invalid_utf8_names_the_row() -> None:
@@ -201,11 +193,11 @@ def test_auto_falls_back_to_the_reference_engine(tmp_path: Path) -> None:
 def test_dtype_must_hold_the_vocabulary(tmp_path: Path) -> None:
     big = DEMO._replace(vocab_size=70_000)
     with pytest.raises(TokenizerError, match="70000 ids do not fit dtype uint16"):
-        Encoder(big, engine="hf", special_in_text="parse", dtype="uint16")
+        Encoder(big, engine="gigatoken", special_in_text="parse", dtype="uint16")
 
 
 def test_ids_outside_the_vocabulary_stop_the_run() -> None:
-    narrow = Encoder(DEMO._replace(vocab_size=300), engine="hf", special_in_text="parse", dtype="uint16")
+    narrow = Encoder(DEMO._replace(vocab_size=300), engine="gigatoken", special_in_text="parse", dtype="uint16")
     with pytest.raises(TokenizerError, match="outside the vocabulary of 300"):
         encode(narrow, ["the quick brown fox"])
 

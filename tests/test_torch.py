@@ -113,6 +113,51 @@ def test_templars_own_class(
         SharedShardedDataset(SEQ_LEN, 0, 1)
 
 
+def test_templars_class_of_today(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard at a time, with the ids beside it, or with those made of its tokens."""
+    monkeypatch.setenv("DATASET_BINS_PATH", str(tmp_path))
+    with pytest.raises(errors.DataRootError, match=r"train_000003\.npy: cannot be read"):
+        SharedShardedDataset(3, SEQ_LEN, 0, 1)
+    tokens = np.load(shards / "train_000000.npy")
+    tokens = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN]
+    np.save(tmp_path / "train_000003.npy", tokens)
+    expected = SharedShardedDataset.locate_shards(3)
+    assert expected == (str(tmp_path / "train_000003.npy"), str(tmp_path / "sample_ids_000003.npy"))
+    assert SharedShardedDataset.locate_shards(3, "/x", "anneal")[1] == "/x/sample_ids_anneal_000003.npy"
+    made = SharedShardedDataset(3, SEQ_LEN, 0, 1)
+    assert made[1].dtype == torch.uint32
+    assert made[1].tolist() == tokens[SEQ_LEN : 2 * SEQ_LEN].tolist()
+    assert made.sample_id(0) == NumPyDataset(shards).sample_id(0)
+    np.save(tmp_path / "sample_ids_000003.npy", np.arange(len(made), dtype=np.uint64))
+    for dataset in (
+        SharedShardedDataset(3, SEQ_LEN, 0, 1),
+        SharedShardedDataset(shard_index=3, sequence_length=SEQ_LEN, rank=0, world_size=1, token_dtype=np.uint16),
+    ):
+        assert len(dataset) == len(tokens) // SEQ_LEN
+        assert [dataset.sample_id(i) for i in (0, 5)] == [0, 5]
+        assert int(dataset.sample_ids[5].item()) == 5
+        batches = list(DataLoader(dataset, batch_size=4))
+        assert torch.equal(torch.cat(batches).to(torch.int64).flatten(), torch.from_numpy(tokens.astype(np.int64)))
+        assert torch.equal(torch.cat(list(loader(dataset, range(8), batch_size=4))), torch.cat(batches)[:8])
+        assert torch.equal(pickle.loads(pickle.dumps(dataset))[2], dataset[2])
+    np.save(tmp_path / "val_000003.npy", tokens[:-1])
+    with pytest.raises(ValueError, match="do not divide by"):
+        SharedShardedDataset(3, SEQ_LEN, 0, 1, file_prefix="val")
+    np.save(tmp_path / "train_000003.npy", tokens.astype(np.uint32))
+    with pytest.raises(errors.DataRootError, match="expected tokens of uint16, found uint32"):
+        SharedShardedDataset(3, SEQ_LEN, 0, 1, token_dtype=np.uint16)
+
+
+def test_an_index_of_any_kind(shards: Path) -> None:
+    dataset, plain = TokenDataset(shards), NumPyDataset(shards)
+    for index in (torch.tensor(3), np.array(3), np.int64(3), 3):
+        assert plain[index].tolist() == plain[3].tolist()
+        assert dataset[index].tolist() == plain[3].tolist()
+    for wrong in (torch.tensor(3.0), 3.5, "3", None, True):
+        with pytest.raises(TypeError):
+            plain[wrong]
+
+
 def train(root: Path, checkpoint: Path, *arguments: object, ranks: int = 2) -> list[str]:
     """Lines of the example's log."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -10,18 +10,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import command, golden, run_cli, shared, text, write_parquet
+from conftest import golden, run_cli, shared, text, write_parquet
 from tokenmill import errors, look, manifest
 from tokenmill.consolidation import consolidate
 from tokenmill.demo import TOKENIZER
@@ -442,19 +442,36 @@ def test_every_bit_of_a_header_is_found(roots: dict[str, Path], tmp_path: Path) 
         assert "train_000001.npy" in {finding.file for finding in verify(root).findings}
 
 
+HELD = """
+import pathlib, sys, time
+from tokenmill import findings
+from tokenmill.cli import main
+marker, reading = pathlib.Path(sys.argv.pop(1)), findings.Inquiry.read
+def slowly(self, nbytes):
+    reading(self, nbytes)
+    marker.touch()
+    time.sleep(0.5)
+findings.Inquiry.read = slowly
+main()
+"""
+"""Program text: the command line, where verifying a chunk takes half a second; makes the file named first then."""
+
+
 def test_interrupt_ends_at_once(tmp_path: Path) -> None:
-    root = tmp_path / "root"
+    root, marker = tmp_path / "root", tmp_path / "reading"
     root.mkdir()
-    np.save(root / "train_000000.npy", np.zeros(200_000_000, np.uint16))
+    np.save(root / "train_000000.npy", np.zeros(300_000_000, np.uint16))
     consolidate(root)
-    run = subprocess.Popen(command("verify", root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not any(Path(file.path).parent == root for file in psutil.Process(run.pid).open_files()):
-        assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    _, stderr = run.communicate(timeout=30)
+    line = [sys.executable, "-c", HELD, str(marker), "verify", str(root)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not marker.exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, stderr = run.communicate(timeout=60)
     assert (run.returncode, "Traceback" in stderr) == (130, False)
-    assert time.monotonic() - begin < 10  # not the minutes that a large data set would still take
+    assert time.monotonic() - begin < 15  # the rest would take a minute
 
 
 # Deep

@@ -229,6 +229,7 @@ class ShardSamples:
     """
 
     def __init__(self, tokens: Path, ids: Path, *, seq_len: int, dtype: str) -> None:
+        self._arguments = {"tokens": tokens, "ids": ids, "seq_len": seq_len, "dtype": dtype}
         header = read_header(tokens)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         if np.dtype(header.dtype).itemsize > self._dtype.itemsize:
@@ -261,10 +262,19 @@ class ShardSamples:
         data = b"".join(ids.sample_ids(chunk.tobytes(), window) for chunk in self._stream.chunks(256 * self._seq_len))
         return np.frombuffer(data, "<u8")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self._arguments
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ShardSamples.__init__(self, **state)
+
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> NDArray[Any]:
+    def __getitem__(self, index: int | list[int]) -> NDArray[Any]:
+        """A sample, shape `(seq_len,)`, or several, shape `(samples, seq_len)`."""
+        if isinstance(index, list):
+            return np.stack([self[each] for each in index])
         if not -self._count <= index < self._count:
             raise IndexError(f"sample {index}: there are {self._count}")
         begin = (index % self._count) * self._seq_len

@@ -14,11 +14,11 @@ GONE = "***"
 _USER = re.compile(r"(\b[A-Za-z][\w+.-]*://)(?!\[)([^\s/@'\"]*:(?!\d+/)[^\s'\"]*|[^\s/@'\"]+)@")
 """Before a host: `user:password@`, where a password may have slashes, or `token@`. A port is none: `host:80/a@b`."""
 _QUERY = re.compile(r"(\b(?:https?|s3|ftp)://[^\s?'\"<>]*\?)[^\s'\"<>]+", re.IGNORECASE)
-_SIGNED = re.compile(
-    r"(?i)\b((?:x-amz-(?:signature|credential|security-token)|awsaccesskeyid|signature|sig|token|access_token|"
-    r"api[_-]?key|password|passwd|secret|secret_access_key|aws_secret_access_key|session_token)\s*[=:]\s*)"
-    r"[^\s&'\",;}]+"
+_NAMES = (
+    r"(?:x-amz-(?:signature|credential|security-token)|awsaccesskeyid|signature|sig|token|access_token|api[_-]?key|"
+    r"password|passwd|secret|secret_access_key|aws_secret_access_key|aws_session_token|session_token)"
 )
+_SIGNED = re.compile(rf"(?i)\b({_NAMES}(?:\s*=\s*|['\"]\s*:\s*['\"]))[^\s&'\",;}}]+")
 _HEADER = re.compile(
     r"(?i)(\b(?:authorization|proxy-authorization|cookie|set-cookie|x-amz-security-token|x-api-key)['\"]?\s*[:=]\s*['\"]?)"
     r"(?:(?:bearer|basic|token|aws4-hmac-sha256)\s+)?[^'\"\r\n]+"

@@ -75,7 +75,7 @@ class TokenDataset(Dataset[torch.Tensor]):
 
 
 def loader(
-    dataset: TokenDataset,
+    dataset: TokenDataset | SharedShardedDataset,
     sampler: Iterable[int],
     *,
     batch_size: int,
@@ -107,7 +107,7 @@ def loader(
 class _Batches(Dataset[Any]):
     """Batches by their indices, for a `DataLoader` that is not to collate."""
 
-    def __init__(self, dataset: TokenDataset) -> None:
+    def __init__(self, dataset: TokenDataset | SharedShardedDataset) -> None:
         self._dataset = dataset
 
     def __getitem__(self, indices: list[int]) -> torch.Tensor | _Gathered:
@@ -188,6 +188,7 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
             self.tokens_file, self.ids_file = (self._samples.root / name for name in (layout.TOKENS, layout.SAMPLE_IDS))
         self.data = self._samples
         """The same samples as NumPy arrays."""
+        self.dtype: torch.dtype = getattr(torch, kind.name)
         self.total_samples = len(self._samples.sample_ids)
 
     @staticmethod
@@ -209,13 +210,18 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return self.total_samples
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        tokens = self._samples[index]
-        return _widened(tokens, getattr(torch, tokens.dtype.name))
+    def __getitem__(self, index: int | list[int]) -> torch.Tensor:
+        return _widened(self._samples[index], self.dtype)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """A batch, gathered at once: the rows of one tensor."""
+        return list(self[indices].unbind(0))
 
     @property
     def sample_ids(self) -> torch.Tensor:
         """All ids, shape `(total_samples,)`, `torch.uint64`; what is written to it stays in this process."""
+        if self.ids_file.suffix == ".bin":
+            return torch.from_numpy(np.memmap(self.ids_file, "<u8", "c"))
         return torch.from_numpy(np.array(self._samples.sample_ids))
 
     def sample_id(self, index: int) -> int:
