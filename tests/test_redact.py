@@ -90,12 +90,9 @@ main()
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_nothing_that_leaves_a_run_has_it(dataset: str, tmp_path: Path) -> None:
-    program = "import sys, tenacity; from tokenmill import retry; retry._backoff = tenacity.wait_none(); from tokenmill.cli import main; main()"
-    line = [sys.executable, "-c", program, "pretokenize", "out", "--dataset", dataset, "--tokenizer", str(TOKENIZER)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100, check=False
-    )
+    line = [sys.executable, "-c", IMPATIENT, "pretokenize", "out", "--dataset", dataset, "--tokenizer", str(TOKENIZER)]
+    options = {"cwd": tmp_path, "env": os.environ | {"HF_HUB_OFFLINE": "1"}, "timeout": 100}
+    result = subprocess.run(line, capture_output=True, text=True, check=False, **options)
     assert result.returncode in (2, 3), result.stderr
     assert "Traceback" not in result.stderr
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())

@@ -57,6 +57,10 @@ class HttpClient:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
 
+    def trust(self, configured: str | None) -> None:
+        """Take over what a configuration file says of certificates, where no variable does."""
+        self._session.verify = ca_bundle(configured) or True
+
     def head(self, url: str, headers: Mapping[str, str] | None = None) -> Head:
         """Size and identity of a file.
 

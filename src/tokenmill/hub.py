@@ -111,11 +111,12 @@ def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repositor
 
 
 def _library() -> Any:
-    """The hub's client, which trusts the certificates that everything else here does."""
+    """The hub's client, which trusts the certificates that everything else here does. It is imported here only."""
     bundle = ca_bundle()
     if bundle is not None:
         os.environ.setdefault("SSL_CERT_FILE", bundle)  # the one variable it reads
-    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.utils
 
     return huggingface_hub
 
@@ -146,9 +147,7 @@ def card_of(readme: str) -> dict[str, Any]:
 
 def headers() -> dict[str, str]:
     """Of a request to the hub, the user's token among them if there is one."""
-    from huggingface_hub import utils
-
-    return dict(utils.build_hf_headers(library_name="tokenmill"))  # type: ignore[attr-defined]
+    return dict(_library().utils.build_hf_headers(library_name="tokenmill"))
 
 
 def _asked(name: str, retrier: Retrier, question: Callable[[], T]) -> T:

@@ -513,12 +513,10 @@ class _BucketFiles(_Remote):
         by_path = {key.removeprefix(self._prefix): found for key, found in self._objects.items()}
         if only is not None:
             chosen = [path for path in only if path in by_path]
-        elif self._is_named:
-            chosen = list(by_path)
         else:
-            chosen, self.notes = choose(self.name, by_path)
-        for path in chosen:
-            _refuse_dots(self.name, path)
+            for path in filter(format_of, by_path):
+                _refuse_dots(self.name, path)
+            chosen, self.notes = (list(by_path), []) if self._is_named else choose(self.name, by_path)
         return [SourceFile(path, by_path[path].nbytes, by_path[path].etag) for path in sorted(chosen)]
 
     def open(self, file: SourceFile, planned: Iterable[tuple[int, int]] = ()) -> RemoteFile:

@@ -59,6 +59,7 @@ class Bucket:
         self._http = http
         self._endpoint_url, self._anonymous = endpoint_url, anonymous
         self._client = _client(endpoint_url, anonymous, None)
+        http.trust(_configured_bundle())
         self._is_canonical = True
         """Whether the store writes ETags as we do, so that it can be asked for an object of that ETag."""
         self._signer: Any = None
@@ -228,6 +229,14 @@ class Bucket:
             ) from None
 
 
+def _configured_bundle() -> str | None:
+    """The certificates that the AWS configuration names."""
+    import botocore.session
+
+    found = botocore.session.get_session().get_config_variable("ca_bundle")
+    return None if found is None else str(found)
+
+
 def _client(endpoint_url: str | None, anonymous: bool, region: str | None) -> Any:
     """A client, whose methods botocore makes as it runs."""
     try:
@@ -252,7 +261,7 @@ def _client(endpoint_url: str | None, anonymous: bool, region: str | None) -> An
         session = botocore.session.get_session()
         # AWS_REGION is what the other SDKs read; botocore knows AWS_DEFAULT_REGION and profiles.
         region = region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
-        verify = ca_bundle(session.get_config_variable("ca_bundle"))
+        verify = ca_bundle(_configured_bundle())
         return session.create_client("s3", region_name=region, endpoint_url=endpoint_url, config=config, verify=verify)
     except (BotoCoreError, ValueError) as error:
         raise StorageError(
