@@ -279,6 +279,8 @@ def test_pickles_hold_no_tokens_and_are_checked_again(consolidated: Path, tmp_pa
         pickle.loads(data)
 
 
+PLACES_AT_ONCE = 256
+
 WALK = (
     """
 import sys
@@ -310,6 +312,34 @@ def test_memory_is_bounded_on_a_walk(tmp_path: Path, kind: str) -> None:
     arguments = [sys.executable, "-c", WALK, str(tmp_path), kind]
     peak = int(subprocess.run(arguments, capture_output=True, check=True, timeout=200).stdout)
     assert peak < 500_000, peak
+
+
+RANDOM = """
+import re, sys
+import numpy as np
+from tokenmill import TokenDataset, load
+load._RESIDENT_NBYTES = 1 << 28
+dataset = TokenDataset(sys.argv[1], seq_len=2048, dtype="uint16")
+rng, worst = np.random.default_rng(0), 0
+for _ in range(12):
+    dataset[rng.integers(0, len(dataset), 4096)]
+    worst = max(worst, load._mapped_nbytes())
+print(worst)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is measured on Linux")
+def test_memory_is_bounded_while_places_are_drawn_at_random(tmp_path: Path) -> None:
+    """A real file that the system's cache holds in large folios: each touch maps more than a page of it."""
+    samples = 1 << 18
+    with (tmp_path / "tokens.bin").open("wb") as file:
+        for _ in range(samples * 4096 >> 24):
+            file.write(bytes(1 << 24))
+    with (tmp_path / "sample_ids.bin").open("wb") as file:
+        file.truncate(samples * 8)
+    arguments = [sys.executable, "-c", RANDOM, str(tmp_path)]
+    worst = int(subprocess.run(arguments, capture_output=True, check=True, timeout=200).stdout)
+    assert worst < (1 << 28) + (PLACES_AT_ONCE * 2 << 20), worst
 
 
 def test_opening_does_not_grow_with_the_data(tmp_path: Path) -> None:

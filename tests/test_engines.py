@@ -365,10 +365,27 @@ def test_what_killed_tasks_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    (tmp_path / f"tokenmill-task-{process.pid}-x").mkdir()
-    (tmp_path / f"tokenmill-task-{os.getpid()}-x").mkdir()
+    ours = tasks._process_space()
+    for name in (
+        f"{ours}-{process.pid}-x",
+        f"{ours}-{os.getpid()}-x",
+        f"another.1-{process.pid}-x",
+        f"{process.pid}-x",
+    ):
+        (tmp_path / f"tokenmill-task-{name}").mkdir()
     tasks._sweep()
-    assert [path.name for path in tmp_path.iterdir()] == [f"tokenmill-task-{os.getpid()}-x"]
+    left = {path.name.removeprefix("tokenmill-task-") for path in tmp_path.iterdir()}
+    # Of another container that shares the folder, and of older versions, nothing is known.
+    assert left == {f"{ours}-{os.getpid()}-x", f"another.1-{process.pid}-x", f"{process.pid}-x"}
+
+
+def test_containers_tell_their_processes_apart(tmp_path: Path) -> None:
+    program = "from tokenmill import tasks; print(tasks._process_space())"
+    line = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program]
+    inside = subprocess.run(line, capture_output=True, text=True, check=False)
+    if inside.returncode:
+        pytest.skip(f"no namespaces here: {inside.stderr.strip()}")
+    assert inside.stdout.strip() != tasks._process_space()
 
 
 def test_tasks_of_long_documents_have_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,7 +511,9 @@ def test_ray_at_the_command_line(recipe: Recipe, corpus: Path, tmp_path: Path, m
     result = run_cli("pretokenize", tmp_path / "none", *flags, "--engine", "ray", "--ray-address", "ray://h:10001")
     assert (result.returncode, "expected HOST:PORT" in result.stderr) == (8, True)
     assert run_cli("pretokenize", tmp_path / "none", *flags, "--ray-address", "local").returncode == 2
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = run_cli("pretokenize", tmp_path / "root", *flags, "--engine", "ray", "--ray-address", "local")
     assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "home" / ".ray" / "auth_token").exists()  # it would turn on the user's authentication
     pretokenize(recipe, tmp_path / "reference", workers=1)
     assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")

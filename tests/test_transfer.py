@@ -23,6 +23,7 @@ from conftest import command, text, write_parquet
 from servers import AWS, listening, moto, s3_client, s3rver
 from tokenmill import downloads, errors, http, retry, s3, storage, uploads
 from tokenmill.consolidation import consolidate
+from tokenmill.dataset import TokenDataset
 from tokenmill.demo import TOKENIZER
 from tokenmill.downloads import bring as download
 from tokenmill.etags import ETagHasher
@@ -168,7 +169,8 @@ def test_selections_and_dry_run(server: str, root: Path, tmp_path: Path) -> None
     assert not (tmp_path / "no").exists()
     two = cli("download", "s3://bucket/some", tmp_path / "two", "--endpoint-url", server, "--shards", "1-2")
     names = {f"{kind}_00000{n}.{end}" for n in (1, 2) for kind, end in (("train", "npy"), ("documents", "parquet"))}
-    assert (two.returncode, set(contents(tmp_path / "two"))) == (0, names)
+    records = {"manifest.json", "consolidated.json"} & set(contents(root))
+    assert (two.returncode, set(contents(tmp_path / "two"))) == (0, names | records)
     assert "4 files compared with SHA-256 of the manifest" in two.stdout
     patterns = Selection(include=("*.npy", "*.bin"), exclude=("tokens.*", "train_*1.npy"))
     download(store(server, "some"), tmp_path / "p", patterns)
@@ -453,6 +455,39 @@ def test_straight_to_the_bucket(server: str, tmp_path: Path, keep: bool) -> None
     assert {**bucket(server, prefix), "manifest.json": ""} == {**there, "manifest.json": ""}
     download(store(server, prefix), tmp_path / "back")
     assert cli("verify", tmp_path / "back", "--deep", 9).returncode == 0
+
+
+def test_a_part_says_what_is_here_and_what_is_elsewhere(server: str, tmp_path: Path) -> None:
+    """Made through a small disk, or fetched in part: what is here is verified, what is not is named."""
+    write_parquet(tmp_path / "c" / "a.parquet", [text(i, 5 + i % 60) for i in range(200)])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), shard_size=3_000, buffer_size=40)
+    target = {"store": StoreOptions(server), "upload_to": "s3://bucket/part", "keep_local": False}
+    pretokenize(recipe, tmp_path / "sent", **target)
+    store_flags = ("--endpoint-url", server)
+    assert cli("download", "s3://bucket/part", tmp_path / "two", "--shards", "1-2", *store_flags).returncode == 0
+    for root, here in (("sent", "nothing here"), ("two", "stored as shards")):
+        seen = cli("info", tmp_path / root)
+        assert here in seen.stdout
+        assert "not here but in s3://bucket/part" in seen.stdout
+        found = cli("verify", tmp_path / root)
+        assert found.returncode == 0, found.stdout
+        assert f"what is here of {tmp_path / root} is what its records say" in found.stdout
+        with pytest.raises(errors.DataRootError, match="a part of a data set: .* in s3://bucket/part"):
+            TokenDataset(tmp_path / root)
+        deep = cli("verify", tmp_path / root, "--deep", 3)
+        assert (deep.returncode, "a part of a data set" in deep.stderr) == (5, True)
+    shard = tmp_path / "two" / "train_000001.npy"
+    damaged = bytearray(shard.read_bytes())
+    damaged[500] ^= 1
+    shard.write_bytes(damaged)
+    assert cli("verify", tmp_path / "two").returncode == 1
+    shard.unlink()  # it was here, so it is missing
+    assert "is there" in cli("verify", tmp_path / "two").stdout
+    there = cli("info", "s3://bucket/part", *store_flags)
+    assert (there.returncode, "stored as shards" in there.stdout) == (0, True), there.stderr
+    assert cli("info", "s3://bucket/nothing", *store_flags).returncode == 5
+    assert cli("download", "s3://bucket/part", tmp_path / "two", *store_flags).returncode == 0
+    assert cli("verify", tmp_path / "two", "--deep", 3).returncode == 0
 
 
 def test_a_shard_that_vanishes_behind_the_run_keeps_the_manifest_back(

@@ -174,6 +174,8 @@ class _Delimited(StreamedFile[list[bytes]]):
     def _read_through(self) -> Iterator[tuple[int, list[bytes]]]:
         whole = [(0, self._nbytes)]
         compression = next((kind for end, kind in _COMPRESSIONS.items() if self.name.lower().endswith(end)), None)
+        if compression and not self._nbytes:
+            raise pa.ArrowInvalid(f"the file has no bytes: expected the header of {compression}")
         with pa.input_stream(native(self._opener(whole)), compression=None) as self._raw:
             stream = _decompressed(self._raw, compression)
             kept = b""

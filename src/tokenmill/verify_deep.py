@@ -338,7 +338,7 @@ def _decoded(data: bytes) -> str | None:
 
 def _json_text(line: bytes, field: str) -> str | None:
     try:
-        value = json.loads(line.decode("utf-8", "surrogateescape"))
+        value = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=len, parse_float=len)
         text = value.get(field) if isinstance(value, dict) else None
         return _decoded(text.encode()) if isinstance(text, str) else None
     except (ValueError, RecursionError):
