@@ -3,14 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SHORT_TESTS := $(addprefix tests/test_,encode.py formats.py listing.py locks.py network.py order.py pack.py pipeline.py \
+	tokenizer_files.py flow.py hub.py)
 
-.PHONY: demo test test-cluster check format clean
+.PHONY: demo test test-lowest test-cluster check format clean
 
 demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-lowest: $(READY)  ## the short tests with every dependency at its lower bound
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear $(VENV)/lowest
+	VIRTUAL_ENV=$(VENV)/lowest $(BIN)/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
+	$(VENV)/lowest/bin/python -m pytest -p no:cacheprovider --numprocesses auto --dist loadfile $(SHORT_TESTS)
 
 test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'

@@ -472,7 +472,7 @@ def test_a_part_says_what_is_here_and_what_is_elsewhere(server: str, tmp_path: P
         found = cli("verify", tmp_path / root)
         assert found.returncode == 0, found.stdout
         assert f"what is here of {tmp_path / root} is what its records say" in found.stdout
-        with pytest.raises(errors.DataRootError, match="a part of a data set: .* in s3://bucket/part"):
+        with pytest.raises(errors.DataRootError, match=r"a part of a data set: .* in s3://bucket/part"):
             TokenDataset(tmp_path / root)
         deep = cli("verify", tmp_path / root, "--deep", 3)
         assert (deep.returncode, "a part of a data set" in deep.stderr) == (5, True)

@@ -106,7 +106,7 @@ def cli() -> None:
     """
 
 
-class _Count(click.ParamType[int]):
+class _Count(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A whole number, as people write large ones: 1_000_000, 1M, 150Gi, 1e9."""
 
     name = "count"

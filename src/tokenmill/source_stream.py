@@ -257,7 +257,7 @@ class JsonLinesFile(_Delimited):
                     text = self._text_of(line)
                 else:
                     blank += 1
-            except (ValueError, RecursionError) as error:
+            except (ValueError, msgspec.DecodeError, RecursionError) as error:
                 text = None
                 bad[row] = f"line {span.first_row + row + 1}: {first_line(error)}"
             if text is msgspec.UNSET:
