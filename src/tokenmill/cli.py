@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except Exception as error:  # noqa: BLE001  # a bug of ours, which must not look like a finding
+        _show_bug(type(error), error, error.__traceback__)
+        sys.exit(70)
     sys.exit(exit_code)
 
 

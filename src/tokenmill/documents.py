@@ -114,7 +114,11 @@ class DocumentIndex:
             raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
         schema = _SCHEMA if columns is None else pa.schema([_SCHEMA.field(name) for name in columns])
         try:
-            return pq.read_table(path, columns=columns, filters=filters).cast(schema).unify_dictionaries()
+            with path.open("rb") as file:  # Arrow opens no path that is not UTF-8
+                # Threads of its own would outlive an error, and end the process with an abort.
+                how = {"use_threads": False, "pre_buffer": False}
+                table = pq.read_table(file, columns=columns, filters=filters, **how)
+            return table.cast(schema).unify_dictionaries()
         except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
             what = str(error).splitlines()[0]
             raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None

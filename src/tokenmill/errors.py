@@ -6,7 +6,7 @@ about it. `exit_code` is what the command line exits with.
 
 from __future__ import annotations
 
-from tokenmill.redact import redacted
+from tokenmill.redact import printable, redacted
 
 
 class TokenmillError(Exception):
@@ -20,8 +20,8 @@ class TokenmillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, next_step: str) -> None:
-        self.message = redacted(message)
-        self.next_step = redacted(next_step)
+        self.message = printable(redacted(message))
+        self.next_step = printable(redacted(next_step))
         super().__init__(self.message)
 
     def __str__(self) -> str:

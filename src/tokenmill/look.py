@@ -20,6 +20,7 @@ from tokenmill.load import DataRoot, open_root
 from tokenmill.manifest import Consolidated, FileLedger, Manifest, TokenizerRecord
 from tokenmill.options import StoreOptions
 from tokenmill.recipe import Recipe
+from tokenmill.redact import printable
 from tokenmill.tokenizer import MAX_IDS, load_tokenizer
 
 _CHUNK_TOKENS = 1 << 22
@@ -75,7 +76,7 @@ def info(root: Path | str, store: StoreOptions = StoreOptions()) -> Info:  # noq
     here = Path(root)
     found = open_root(here)
     return _info(
-        str(here),
+        printable(here),
         found.manifest,
         found.record,
         {path.name for path in here.glob("*") if path.is_file()},

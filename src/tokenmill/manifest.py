@@ -15,11 +15,15 @@ import msgspec
 
 from tokenmill import layout, storage
 from tokenmill.errors import DataRootError, LedgerError, SourceError
+from tokenmill.options import LARGEST_COUNT
 from tokenmill.recipe import Positive, Recipe
 
 VERSION = 1
 
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_COUNT)]
+
+UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
+"""What bytes that are no record of ours make the decoder raise."""
 
 _ITEMSIZES: dict[layout.DTypeName, int] = {"uint8": 1, "uint16": 2, "uint32": 4}
 
@@ -297,7 +301,7 @@ def decode(data: bytes, kind: type[T], name: str) -> T:
     """
     try:
         record = msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise DataRootError(
             f"{name}: not a tokenmill manifest: {error}",
             next_step="restore it, or choose another directory",

@@ -28,12 +28,15 @@ from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.preflight import Preflight, check_disk, preflight
 from tokenmill.proof import Proof, choose_scheme, is_whole, prove
 from tokenmill.recipe import Recipe, checked
+from tokenmill.redact import printable
 from tokenmill.resume import (
     agree_on_probe,
     consumed,
+    damaged_sidecars,
     missing_ranges,
     refuse_foreign,
     refuse_inside,
+    refuse_lost_sidecars,
     refuse_other,
     refuse_other_form,
     set_damaged_aside,
@@ -286,6 +289,7 @@ def _attempt(
         if begun is None:
             forget(root)
         if manifest.complete and (record := consumed(root)) is not None:
+            refuse_lost_sidecars(root, manifest)
             return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, record, manifest))
         remade = set_damaged_aside(root, manifest, destination.sender.was_sent if destination else lambda name: False)
         done, audited, status = manifest.tokens, 0, "already complete"
@@ -376,7 +380,8 @@ def _pretokenize_consolidated(
         id_scheme=id_scheme
         or (before.id_scheme if before else choose_scheme(recipe, tokens=None, seq_len=recipe.seq_len)),
     )
-    if manifest.complete and before is not None and is_whole(root, before) and before.settings == wanted.settings:
+    is_done = manifest.complete and before is not None and is_whole(root, before) and before.settings == wanted.settings
+    if is_done and before is not None and not damaged_sidecars(root, manifest):
         _send_all(job)
         return _summary(job, "already complete", manifest.tokens, started, proof=prove(root, before, manifest))
     manifests.save_consolidated(root, wanted)
@@ -477,7 +482,7 @@ def _summary(
     seconds = time.monotonic() - started
     new_tokens = manifest.tokens - done_before
     return Summary(
-        root=str(job.root),
+        root=printable(job.root),
         status=status,
         tokens=manifest.tokens,
         documents=manifest.documents,

@@ -30,6 +30,14 @@ _SHORTEST = 8
 """Characters of a secret in the environment that is looked for: shorter ones are words."""
 
 
+def printable(text: object) -> str:
+    """A path or other text as any terminal, log or JSON takes it: bytes that are not UTF-8 are written out."""
+    try:
+        return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file name has
+        return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def redacted(text: str) -> str:
     """The same, with every credential in it replaced: in URLs, queries, headers, and those of the environment."""
     for secret in _environment_secrets():

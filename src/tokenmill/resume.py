@@ -140,6 +140,26 @@ def consumed(root: Path) -> Consolidated | None:
     return record
 
 
+def damaged_sidecars(root: Path, manifest: Manifest) -> list[str]:
+    """Documents sidecars that are missing, or not what the manifest records."""
+    names = {layout.documents_name(record.index): record.documents_sha256 for record in manifest.shards}
+    return [name for name, sha256 in names.items() if not (root / name).is_file() or _sha256(root / name) != sha256]
+
+
+def refuse_lost_sidecars(root: Path, manifest: Manifest) -> None:
+    """Where only `tokens.bin` holds the tokens, a sidecar is made again with it, or not at all.
+
+    Raises:
+        DataRootError: one is lost.
+    """
+    lost = damaged_sidecars(root, manifest)
+    if lost:
+        raise DataRootError(
+            f"{root}: {lost[0]} is missing, or not the file that the manifest records ({len(lost)} such files)",
+            next_step="run the command with --consolidated: it is made again from the corpus",
+        )
+
+
 def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile, *, with_gaps: bool) -> list[str]:
     """Let `file` adopt the shards the manifest records, as far as it holds them; the names of the others.
 

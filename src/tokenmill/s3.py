@@ -135,8 +135,15 @@ class Bucket:
         """
 
         def listed() -> list[str]:
-            page = self._client.list_multipart_uploads(Bucket=self.name, Prefix=key)
-            found = [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
+            found: list[dict[str, Any]] = []
+            marker: dict[str, str] = {}
+            while True:
+                page = self._client.list_multipart_uploads(Bucket=self.name, Prefix=key, **marker)
+                found += [entry for entry in page.get("Uploads", ()) if entry["Key"] == key]
+                following = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+                if not page.get("IsTruncated") or not following["KeyMarker"] or following == marker:
+                    break
+                marker = {name: value for name, value in following.items() if value}
             return [entry["UploadId"] for entry in sorted(found, key=lambda entry: entry["Initiated"])]
 
         try:

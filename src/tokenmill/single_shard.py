@@ -39,12 +39,15 @@ def first_shard(recipe: Recipe) -> Recipe:
 
 
 def existing_tokens(root: Path) -> int | None:
-    """Tokens of the shard that is there; None if none is.
+    """Tokens of the shard that is there; None if none is, or if the run that makes it did not come to its end.
 
     Raises:
         DataRootError: the file is not a shard.
     """
     path = root / layout.shard_name(0)
+    manifest = manifests.load(root)
+    if manifest is not None and not manifest.complete:
+        return None
     return read_header(path).tokens if path.is_file() else None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from tokenmill import layout, storage
 from tokenmill.encode import BAD
 from tokenmill.errors import LedgerError
+from tokenmill.manifest import UNREADABLE
 from tokenmill.pack import Block
 
 
@@ -93,6 +94,6 @@ def _read(path: Path) -> list[SkippedRow]:
     for line in lines:
         try:
             rows.append(msgspec.json.decode(line, type=SkippedRow))
-        except msgspec.DecodeError:
+        except UNREADABLE:
             continue
     return rows

@@ -178,7 +178,7 @@ class _Delimited(StreamedFile[list[bytes]]):
             raise pa.ArrowInvalid(f"the file has no bytes: expected the header of {compression}")
         with pa.input_stream(native(self._opener(whole)), compression=None) as self._raw:
             stream = _decompressed(self._raw, compression)
-            kept = b""
+            kept = bytearray()
             first = True
             while data := stream.read(_READ_NBYTES if self.delimiter is not None else None):
                 if first:
@@ -189,10 +189,10 @@ class _Delimited(StreamedFile[list[bytes]]):
                 if self.delimiter is None or len(kept) < TEXT_NBYTES:
                     continue
                 if kept.find(self.delimiter, fresh) >= 0:  # else a row that is larger than a span
-                    rows = kept.split(self.delimiter)
-                    kept = rows.pop()
+                    rows = bytes(kept).split(self.delimiter)
+                    kept = bytearray(rows.pop())
                     yield from self._cut(rows)
-            rows = [kept] if self.delimiter is None else kept.split(self.delimiter)
+            rows = [bytes(kept)] if self.delimiter is None else bytes(kept).split(self.delimiter)
             if not rows[-1] and self.delimiter is not None:
                 rows.pop()
             yield from self._cut(rows)

@@ -137,8 +137,8 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
 
     Today's (one-covenant/templar, commit e1e76c3 of January 2026) takes a shard's index first and opens
     `train_NNNNNN.npy` with `sample_ids_NNNNNN.npy` below `$DATASET_BINS_PATH`; where such ids are not stored they are
-    made from the tokens. That of July 2025 (tplr-ai/templar, commit fc913cf) takes the sequence length first and opens `tokens.bin`
-    with `sample_ids.bin`. All four of the first arguments mean today's, which wants all of them.
+    made from the tokens. That of July 2025 (tplr-ai/templar, commit fc913cf) takes the sequence length first and opens
+    `tokens.bin` with `sample_ids.bin`. All four of the first arguments mean today's, which wants all of them.
 
     Samples are tensors of the stored dtype with memory of their own.
 

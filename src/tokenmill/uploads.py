@@ -189,8 +189,11 @@ class Sender:
                     self.stop()
                     files.shutdown(cancel_futures=True)
                     raise
-            self._look([file.path for file in moved] + [name for name in known if name in self._there])
-            moved += [self.send_file(wanted[name], None) for name in RECORDS if name in wanted]
+            for name in RECORDS:
+                if name == layout.MANIFEST:  # all that it speaks of must be there as it should before it goes
+                    self._look([file.path for file in moved] + [each for each in known if each in self._there])
+                if name in wanted:
+                    moved.append(self.send_file(wanted[name], None))
             self._look([file.path for file in moved])
         except BaseException:
             self.stop()
@@ -328,6 +331,7 @@ class Sender:
             self._abort(file.path, upload)
             self._refuse_damaged(file, sha256, digest.hexdigest())
         etag = self._complete(file, upload, parts)
+        self._abort_others(file)
         if etag != parts_etag(sums):
             self._compare(file, etag, digest.hexdigest())
         return etag, moved
@@ -347,6 +351,11 @@ class Sender:
             else:
                 self._abort(file.path, upload)
         return chosen or (ask(file.path, lambda: bucket.begin_upload(key)), {})
+
+    def _abort_others(self, file: StoredFile) -> None:
+        """End uploads that were begun by a request whose answer was lost: they cost money, and nobody sees them."""
+        for upload in self._store.ask(file.path, lambda: self._store.bucket.uploads(self._store.key(file.path))):
+            self._abort(file.path, upload)
 
     def _abort(self, path: str, upload: str) -> None:
         def abort() -> None:

@@ -16,6 +16,7 @@ from tokenmill.engine import available_cores
 from tokenmill.errors import DataRootError
 from tokenmill.findings import Checked, Finding, Inquiry, Show
 from tokenmill.options import StoreOptions
+from tokenmill.redact import printable
 from tokenmill.verify_deep import verify_deep
 from tokenmill.verify_documents import DocumentChecks
 from tokenmill.verify_records import RecordChecks
@@ -87,7 +88,7 @@ def verify(
             next_step="verify it without --deep",
         )
     return Verification(
-        root=str(root),
+        root=printable(root),
         checked=job.checked,
         findings=job.findings,
         nbytes=job.done_nbytes,

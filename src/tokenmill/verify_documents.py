@@ -48,7 +48,9 @@ class DocumentChecks(Checks):
                 continue
             self.job.check_digest(path, shard.documents_sha256)
             try:
-                table = pq.read_table(path).cast(_SCHEMA)
+                # Arrow opens no path that is not UTF-8, and threads of its own would outlive an error.
+                with path.open("rb") as file:
+                    table = pq.ParquetFile(file).read(use_threads=False).cast(_SCHEMA)
                 start, tokens, row = (table[column].to_numpy() for column in ("start", "tokens", "row"))
                 source = table["source"].unify_dictionaries().combine_chunks()
             except (pa.ArrowException, ValueError, OSError) as error:
@@ -143,7 +145,10 @@ class DocumentChecks(Checks):
         """Tokens of the stream at ascending positions; -1 where a file does not have them."""
         assert self.job.manifest is not None
         found = np.full(len(positions), -1, np.int64)
-        if self.job.has_tokens_file and (self.root / layout.TOKENS).is_file():
+        joined = self.root / layout.TOKENS
+        if self.job.has_tokens_file and joined.is_file():
+            if joined.stat().st_size == 0:  # told by the check of files; nothing of it can be mapped
+                return found
             stored = np.memmap(self.root / layout.TOKENS, np.uint8, "r")
             self._pick(
                 stored[: len(stored) // self.job.dtype.itemsize * self.job.dtype.itemsize].view(self.job.dtype),

@@ -8,7 +8,7 @@ import tokenize
 
 import numpy as np
 
-from tokenmill import layout
+from tokenmill import layout, storage
 from tokenmill.findings import Checks
 from tokenmill.manifest import Consolidated, Manifest
 
@@ -136,8 +136,13 @@ class RecordChecks(Checks):
         lines = path.read_bytes().splitlines() if path.is_file() else []
         try:
             listed = {(entry["file"], entry["row"]) for entry in map(json.loads, lines)}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             listed = set()
+        known = {entry.path for entry in manifest.ledger}
+        for file, row in sorted(listed, key=str):
+            if file not in known:
+                what = "source file of a row that was left out"
+                self.job.require(False, layout.SKIPPED, f"row {row}", what, expected="one of manifest.json", found=file)
         for entry in manifest.ledger:
             found = sum(file == entry.path for file, _ in listed)
             what = "rows of the file that were left out"
@@ -206,7 +211,8 @@ class RecordChecks(Checks):
         if not self._check_size(name, layout.NPY_HEADER_NBYTES + tokens * self.job.dtype.itemsize):
             return
         try:
-            array = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
+            with storage.readable(self.root / name):
+                array = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
         except (ValueError, SyntaxError, tokenize.TokenError) as error:
             self.job.require(False, name, "bytes 0 to 127", "NPY header", expected="that of a 1-D array", found=error)
             return
