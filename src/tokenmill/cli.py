@@ -750,11 +750,13 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     shown_recipe = msgspec.structs.replace(recipe, dataset=without_secrets(recipe.dataset))
     log.info("pretokenize %s: %s", output, msgspec.json.encode(shown_recipe).decode())
     _catch_signals()
+    said: set[str] = set()
     try:
         with display(quiet=quiet or as_json) as shown:
 
             def begin(plan: Preflight) -> None:
                 shown.expect(plan.tokens)
+                said.update(plan.notes)
                 for note in plan.notes:
                     say.warning("note: %s", note)
 
@@ -765,7 +767,7 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     if as_json:
         click.echo(msgspec.json.encode(summary))
     elif not quiet or (summary.proof is not None and not summary.proof.passed):
-        _echo(report.summary_lines(summary))
+        _echo(report.summary_lines(summary, said))
     return summary
 
 

@@ -10,6 +10,7 @@ surroundings, and 200,000 random strings, for each value on the list. `tests/tes
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -46,14 +47,15 @@ class GigatokenEngine:
 
     def __init__(self, tokenizer: TokenizerFile, special_in_text: str = "parse") -> None:
         self._json = tokenizer.json
-        unproven = unproven_field(tokenizer, special_in_text)
+        fields = msgspec.json.decode(self._json)
+        unproven = next(_unproven(fields, tokenizer.added_tokens, special_in_text), None)
         if unproven is not None:
             raise _cannot_take(tokenizer, f"it is not proven to honour {unproven}")
         try:
             self._backend = gigatoken.Tokenizer.from_json(self._json).backend
         except (ValueError, TypeError, RuntimeError) as error:
             raise _cannot_take(tokenizer, str(error)) from None
-        self.doubtful = _NEWER_MARKS if msgspec.json.decode(self._json).get("normalizer") in _NFC else None
+        self.doubtful = _NEWER_MARKS if fields.get("normalizer") in _NFC else None
         """A regular expression for documents that the reference engine must encode; None if there are none."""
         self._cache_grows = isinstance(self._backend, BPETokenizer)
         self._cached_nbytes = 0
@@ -107,6 +109,8 @@ _PIECE_NORMALIZERS: list[Any] = [
     {"type": "Sequence", "normalizers": [_SPACES]},
     {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _SPACES]},
 ]
+_BYTE_PIECES = frozenset(map("<0x{:02X}>".format, range(256)))
+"""What a byte without a piece of its own becomes, with `byte_fallback`."""
 _SPLIT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -187,9 +191,8 @@ def _unproven_pieces(fields: dict[str, Any]) -> Iterator[str]:
     model, normalizer, pre_tokenizer = fields["model"], fields.get("normalizer"), fields.get("pre_tokenizer")
     if model.get("ignore_merges"):
         yield "model.ignore_merges with byte_fallback"
-    lacking = next((name for name in map("<0x{:02X}>".format, range(256)) if name not in model["vocab"]), None)
-    if lacking is not None:
-        yield f"a vocabulary without {lacking}, with byte_fallback"
+    if lacking := sorted(_BYTE_PIECES - model["vocab"].keys()):
+        yield f"a vocabulary without {lacking[0]}, with byte_fallback"
     if normalizer in _PIECE_NORMALIZERS:
         if pre_tokenizer not in (None, _SPLIT_SPACES):
             yield f"the pre_tokenizer {_shown(pre_tokenizer)}"
@@ -260,19 +263,20 @@ def _unproven_ids(vocab: dict[str, int], added: Sequence[AddedToken]) -> Iterato
 
 
 def _unproven_merges(model: dict[str, Any]) -> Iterator[str]:
-    try:
-        given = msgspec.convert(model.get("merges"), list[str | tuple[str, str]])
-    except msgspec.ValidationError:
+    """They are many, so all are looked at together."""
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not set(map(type, merges)) <= {str, list}:
+        yield "merges that are no list of pairs"
+        return
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    if not set(map(len, pairs)) <= {2} or not set(map(type, itertools.chain(*pairs))) <= {str}:
         yield "merges that are no pairs of pieces"
         return
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in given]
-    if len(set(merges)) < len(merges):
+    if len(set(pairs)) < len(pairs):
         yield "a merge that is there twice"
-    known = model["vocab"].keys() - (set(map("<0x{:02X}>".format, range(256))) if model.get("byte_fallback") else set())
-    for merge in merges:
-        if len(merge) != 2 or not (merge[0] in known and merge[1] in known and "".join(merge) in known):
-            yield f"the merge {' '.join(merge)!r} of what are no pieces"
-            return
+    known = model["vocab"].keys() - (_BYTE_PIECES if model.get("byte_fallback") else set())
+    if not known.issuperset(itertools.chain(*pairs)) or not known.issuperset(map("".join, pairs)):
+        yield "a merge of what are no pieces"
 
 
 def _unproven_added_tokens(added: Sequence[AddedToken], normalizes: bool, special_in_text: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from tokenmill.layout import SAMPLE_IDS, SKIPPED, TOKENS
 from tokenmill.progress import count, duration
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from tokenmill.consolidation import Report
@@ -48,8 +48,8 @@ def plan_lines(prepared: Prepared, figures: Preflight, output: Path, workers: in
     return [f"{name:<10} {value}" for name, value in lines.items()] + [f"{'note':<10} {note}" for note in figures.notes]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """What a run of `pretokenize` did."""
+def summary_lines(summary: Summary, said: Collection[str] = ()) -> list[str]:
+    """What a run of `pretokenize` did; notes that were `said` when it began are not said again."""
     place = _shards(summary.shards) if summary.proof is None else TOKENS
     made = f"{summary.root}: {summary.tokens:,} tokens in {place} ({summary.dtype}), "
     proof = proof_lines(summary.proof) if summary.proof else []
@@ -65,7 +65,7 @@ def summary_lines(summary: Summary) -> list[str]:
         *([f"requests that failed and were tried again: {summary.retries:,}"] if summary.retries else []),
         f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
         f"{summary.audited_documents:,} documents checked with the reference engine, all equal",
-        *(f"note: {note}" for note in summary.notes),
+        *(f"note: {note}" for note in summary.notes if note not in said),
         *_sent_lines(summary),
         *proof,
     ]
