@@ -174,6 +174,9 @@ def _unproven(fields: dict[str, Any], added: Sequence[AddedToken], special_in_te
     if model.get("type") != "BPE":
         yield f"model.type {model.get('type')!r}"
         return  # what follows is of BPE
+    if not isinstance(model.get("vocab"), dict):
+        yield "a vocabulary that is no object"
+        return
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             yield f"model.{name} {model[name]!r}"
