@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SHORT_TESTS := $(addprefix tests/test_,encode.py formats.py listing.py locks.py network.py order.py pack.py pipeline.py \
-	tokenizer_files.py flow.py hub.py)
+SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \
+	tests/corpus/test_listing.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
+	tests/remote/test_hub.py tests/shards/test_pack.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
 
-.PHONY: demo test test-lowest test-cluster check format clean
+.PHONY: demo test test-lowest test-cluster campaign check format clean
 
 demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
@@ -22,7 +23,11 @@ test-lowest: $(READY)  ## the short tests with every dependency at its lower bou
 
 test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
-	$(BIN)/python -m pytest -m cluster --timeout=600 tests/test_cluster.py
+	$(BIN)/python -m pytest -m cluster --timeout=600 tests/pipeline/test_cluster.py
+
+SECONDS ?= 600
+campaign: $(READY)  ## kills, power loss, damage, faults, odd input, races, bad servers, for SECONDS (docs/reliability.md)
+	$(BIN)/python tests/campaign.py --seconds $(SECONDS)
 
 check: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

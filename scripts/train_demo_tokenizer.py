@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
-from tokenmill.demo import TOKENIZER, library_texts
+from tokenmill.cli.demo import TOKENIZER, library_texts
 
 VOCABULARY = 4_096
 ALPHABET = 200

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tokenmill.demo import TOKENIZER
+from support import forkserver
+from tokenmill.cli.demo import TOKENIZER
+from tokenmill.options import available_cores
 from tokenmill.recipe import Recipe
 
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("house")
+
+forkserver.install()
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -40,6 +46,11 @@ WORDS = [
 ]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for servers and processes."""
+    return available_cores() + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits longest begins first, so that files side by side end together."""
     items.sort(key=lambda item: item.path.stem != "test_transfer_faults")
@@ -53,10 +64,17 @@ def shared(path: str) -> Path:
     return found
 
 
-def golden(name: str) -> list[dict]:
-    """Cases of a golden file; none where it is not at hand, so that the tests show as skipped."""
-    path = SHARED / "golden" / name
-    return json.loads(path.read_text())["cases"] if path.exists() else []
+def golden(name: str) -> list[Any]:
+    """Cases of a golden file; where it is not at hand, one that is skipped and says so.
+
+    Those that need nothing but digests are here; those of the real corpus and tokenizer are beside these.
+    """
+    here = REPOSITORY / "tests" / "golden" / name
+    path = here if here.exists() else SHARED / "golden" / name
+    if not path.exists():
+        reason = f"the golden digests are not at hand: {path}"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="not at hand")]
+    return json.loads(path.read_text())["cases"]
 
 
 def text(number: int, words: int) -> str:
@@ -67,6 +85,16 @@ def text(number: int, words: int) -> str:
 def write_parquet(path: Path, texts: list, *, row_group_size: int = 7, **columns: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=row_group_size)
+
+
+def golden_corpus(root: Path) -> Path:
+    """600 documents in five files, always the same: the corpus of `golden/demo.json`."""
+    texts: list[str | None] = [text(i, 3 + (i * 37) % 90) for i in range(600)]
+    texts[17] = texts[444] = None
+    texts[18] = texts[599] = ""
+    for number, name in enumerate(("b.parquet", "a.parquet", "sub/c.parquet", "d.parquet", "z.parquet")):
+        write_parquet(root / name, texts[number * 120 : number * 120 + 120], row_group_size=11 + number)
+    return root
 
 
 @pytest.fixture
@@ -86,6 +114,18 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(corpus: Path) -> Recipe:
     return Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), buffer_size=40, shard_size=2_000, seed=3)
+
+
+def write_record(path: Path, fields: dict) -> None:
+    """Store a manifest or its counterpart of `tokens.bin` that was edited, with the digests of what it says now."""
+    fields["digests"] = {
+        field: hashlib.sha256(
+            json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        ).hexdigest()
+        for field, value in fields.items()
+        if field != "digests"
+    }
+    path.write_text(json.dumps(fields))
 
 
 def command(*arguments: object, script: Path | None = None) -> list[str]:
@@ -135,3 +175,12 @@ pathlib.Path.replace, pathlib.Path.unlink = dying(pathlib.Path.replace), dying(p
 main()
 """
 """Program text: the command line, killed before the n-th step of making anything durable; n comes first."""
+
+IMPATIENT = """
+import tenacity
+from tokenmill.remote import retry
+from tokenmill.cli import main
+retry.backoff = tenacity.wait_none()
+main()
+"""
+"""Program text: the command line, whose retries do not wait."""

@@ -1,7 +1,8 @@
-"""The house: imports stay light and point upward, the tour is the tree, memory does not grow."""
+"""The house: imports stay light and point down the layers, the tour is the tree, memory does not grow."""
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 import subprocess
@@ -10,33 +11,101 @@ from pathlib import Path
 
 import pytest
 
+import tokenmill
 from conftest import PRINT_PEAK, REPOSITORY, write_parquet
-from tokenmill.demo import TOKENIZER
+from tokenmill.cli.demo import TOKENIZER
 
 PACKAGE = REPOSITORY / "src" / "tokenmill"
 
 
-def tour() -> list[str]:
-    """File names in the order of CONTRIBUTING's tour."""
-    return re.findall(r"^\| `(\w+\.py)` \|", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+LAYERS = (
+    "cli",
+    "ray | torch",
+    "pipeline | verification",
+    "shards | loading",
+    "encoding | transfer",
+    "corpus | dataroot",
+    "remote",
+    "recipe",
+    "options",
+    "errors",
+    "redact",
+)
+"""The packages and modules of `tokenmill`: each imports only from those below it, and not from its siblings (`|`)."""
 
 
-def test_tour_names_every_file_once() -> None:
-    assert sorted(tour()) == sorted(path.name for path in PACKAGE.glob("*.py"))
+def imported_modules(path: Path) -> list[str]:
+    """Full names of the modules of `tokenmill` that a file imports, wherever in it, typing included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "tokenmill"]
 
 
-def test_modules_import_only_from_earlier_ones() -> None:
-    order = tour()
-    for name in order[1:]:
-        source = (PACKAGE / name).read_text()
-        imported = re.findall(r"^from tokenmill\.(\w+) import", source, re.MULTILINE)
-        for names in re.findall(r"^from tokenmill import ([\w, ]+)", source, re.MULTILINE):
-            imported += [word.split(" as ")[0].strip() for word in names.split(",")]
-        for module in imported:
-            assert order.index(f"{module}.py") < order.index(name), f"{name} imports {module}"
+def test_every_import_points_down_the_layers() -> None:
+    heights = {room: height for height, layer in enumerate(LAYERS) for room in layer.split(" | ")}
+    tops = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert tops == {*heights, "__init__", "__main__"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if here.startswith("__"):
+            continue
+        for name in imported_modules(path):
+            there = name.split(".")[1]
+            assert there == here or heights[there] > heights[here], f"{path.relative_to(PACKAGE)} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["tokenmill", "tokenmill.cli", "tokenmill.dataset", "tokenmill.samplers"])
+def test_tests_share_through_support_and_touch_nothing_private() -> None:
+    tests = REPOSITORY / "tests"
+    for path in sorted(tests.rglob("*.py")):
+        text = path.read_text("utf-8")
+        assert not re.findall(r"^(?:from|import) test_\w+", text, re.MULTILINE), f"{path} imports another test"
+        names = re.findall(r"^from tokenmill[\w.]* import (\w+)(?: as (\w+))?$", text, re.MULTILINE)
+        modules = {alias or name for name, alias in names}
+        private = [name for name in re.findall(r"\b(\w+)\._[a-zA-Z]\w*", text) if name in modules]
+        private += re.findall(r"setattr\(\w+, \"_[a-zA-Z]\w*\"|tokenmill[.\w]*\._[a-zA-Z]\w*", text)
+        assert not private, f"{path} touches {private}"
+
+
+def test_no_package_stands_in_the_place_of_a_public_function() -> None:
+    """A submodule is set as an attribute of its package when it is imported."""
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert not rooms & set(tokenmill.__all__)
+
+
+def defined_names() -> set[str]:
+    """Functions and classes of the package, and methods as `Class.method`."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def test_the_way_of_a_document_is_told_by_names_that_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8").partition("## A document from file to batch")[2]
+    told = re.findall(r"`([A-Za-z_.]+)`", text.partition("`tests/reference.py`")[0])
+    assert len(told) > 15
+    assert set(told) - {"tokens.bin"} <= defined_names()
+
+
+def test_contributing_names_every_package_and_the_layers() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == packages
+    assert " > ".join(LAYERS) in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["tokenmill", "tokenmill.cli.main", "tokenmill.loading.dataset", "tokenmill.loading.samplers"]
+)
 def test_importing_loads_nothing_heavy(module: str) -> None:
     heavy = "pyarrow awkward gigatoken tokenizers huggingface_hub requests botocore rich torch ray pandas"
     program = f"import sys, {module}; print(*[m for m in '{heavy}'.split() if m in sys.modules])"
@@ -46,30 +115,35 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 def test_each_special_dependency_has_one_home() -> None:
     homes = {
-        "gigatoken": "encode_gigatoken.py",
-        "awkward": "encode_gigatoken.py",
-        "tokenizers": "encode_hf.py",
-        "huggingface_hub": "hub.py",
-        "requests": "http.py",
-        "botocore": "s3.py",
-        "tenacity": "retry.py",
-        "filelock": "storage.py",
-        "rich": "progress.py",
-        "psutil": "progress.py",
-        "click": "cli.py",
+        "gigatoken": "encoding/gigatoken.py",
+        "awkward": "encoding/gigatoken.py",
+        "tokenizers": "encoding/hf.py",
+        "huggingface_hub": "remote/hub.py",
+        "requests": "remote/http.py",
+        "botocore": "remote/s3.py",
+        "tenacity": "remote/retry.py",
+        "filelock": "dataroot/lock.py",
+        "rich": "cli/progress.py",
         "torch": "torch.py",
         "ray": "ray.py",
     }
     for dependency, home in homes.items():
         pattern = re.compile(rf"^\s*(import|from) {dependency}\b", re.MULTILINE)
-        assert [path.name for path in sorted(PACKAGE.glob("*.py")) if pattern.search(path.read_text())] == [home]
+        found = [
+            path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if pattern.search(path.read_text())
+        ]
+        assert [path.as_posix() for path in found] == [home]
+    users = {path.parent.name for path in PACKAGE.rglob("*.py") if re.search(r"^import click", path.read_text(), re.M)}
+    assert users == {"cli"}
 
 
 PEAK = (
     """
 import sys
-from tokenmill.pipeline import pretokenize
+from tokenmill.pipeline import driver
+from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
+driver.BATCH_NBYTES = 2 << 20  # as many batches as a larger corpus would have
 recipe = Recipe(dataset=sys.argv[1], tokenizer=sys.argv[2], buffer_size=200, shard_size=1 << 28)
 pretokenize(recipe, sys.argv[3], workers=2)
 """
@@ -92,17 +166,6 @@ def test_memory_does_not_grow_with_the_corpus_nor_the_shard(tmp_path: Path) -> N
         arguments = [sys.executable, "-c", PEAK, str(corpus), str(TOKENIZER), str(tmp_path / f"out-{files}")]
         peaks.append(int(subprocess.run(arguments, capture_output=True, check=True, timeout=200).stdout))
     assert peaks[1] - peaks[0] < 80_000, peaks
-
-
-def test_the_demo_tokenizer_is_what_its_script_makes() -> None:
-    """On the Python it was trained on; another one's library is another text, and the script says so."""
-    script = REPOSITORY / "scripts" / "train_demo_tokenizer.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False, timeout=200
-    )
-    assert result.returncode == 0, result.stdout
-    if "not comparable" in result.stdout:
-        pytest.skip(result.stdout.strip())
 
 
 def test_no_credentials_paths_or_hosts_in_the_project() -> None:

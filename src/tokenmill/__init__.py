@@ -9,48 +9,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenmill.consolidation import consolidate as consolidate
-    from tokenmill.dataset import TokenDataset as TokenDataset
-    from tokenmill.downloads import download as download
+    __version__: str
+    from tokenmill.corpus.order import buffer_order as buffer_order
     from tokenmill.errors import TokenmillError as TokenmillError
+    from tokenmill.loading.dataset import TokenDataset as TokenDataset
+    from tokenmill.loading.receipts import Receipt as Receipt
+    from tokenmill.loading.receipts import ReceiptWriter as ReceiptWriter
+    from tokenmill.loading.receipts import check_receipt as check_receipt
+    from tokenmill.loading.receipts import load_receipt as load_receipt
+    from tokenmill.loading.samplers import EpochSampler as EpochSampler
+    from tokenmill.loading.samplers import ValidatorSampler as ValidatorSampler
+    from tokenmill.loading.samplers import WindowSampler as WindowSampler
     from tokenmill.options import StoreOptions as StoreOptions
-    from tokenmill.order import buffer_order as buffer_order
-    from tokenmill.pipeline import Summary as Summary
-    from tokenmill.pipeline import pretokenize as pretokenize
-    from tokenmill.receipts import Receipt as Receipt
-    from tokenmill.receipts import ReceiptWriter as ReceiptWriter
-    from tokenmill.receipts import check_receipt as check_receipt
-    from tokenmill.receipts import load_receipt as load_receipt
+    from tokenmill.pipeline.pretokenize import pretokenize as pretokenize
+    from tokenmill.pipeline.pretokenize import pretokenize as tokenize
+    from tokenmill.pipeline.summary import Summary as Summary
     from tokenmill.recipe import Recipe as Recipe
     from tokenmill.recipe import load_recipe as load_recipe
-    from tokenmill.samplers import EpochSampler as EpochSampler
-    from tokenmill.samplers import ValidatorSampler as ValidatorSampler
-    from tokenmill.samplers import WindowSampler as WindowSampler
-    from tokenmill.transfer import Selection as Selection
-    from tokenmill.uploads import upload as upload
-    from tokenmill.verification import verify as verify
+    from tokenmill.shards.consolidate import consolidate as consolidate
+    from tokenmill.shards.consolidate import consolidate as merge
+    from tokenmill.transfer.download import download as download
+    from tokenmill.transfer.selection import Selection as Selection
+    from tokenmill.transfer.upload import upload as upload
+    from tokenmill.verification.verify import verify as verify
 
 _HOMES = {
-    "EpochSampler": "samplers",
-    "Receipt": "receipts",
-    "ReceiptWriter": "receipts",
+    "EpochSampler": "loading.samplers",
+    "Receipt": "loading.receipts",
+    "ReceiptWriter": "loading.receipts",
     "Recipe": "recipe",
-    "Selection": "transfer",
+    "Selection": "transfer.selection",
     "StoreOptions": "options",
-    "Summary": "pipeline",
-    "TokenDataset": "dataset",
+    "Summary": "pipeline.summary",
+    "TokenDataset": "loading.dataset",
     "TokenmillError": "errors",
-    "ValidatorSampler": "samplers",
-    "WindowSampler": "samplers",
-    "buffer_order": "order",
-    "check_receipt": "receipts",
-    "consolidate": "consolidation",
-    "download": "downloads",
-    "load_receipt": "receipts",
+    "ValidatorSampler": "loading.samplers",
+    "WindowSampler": "loading.samplers",
+    "buffer_order": "corpus.order",
+    "check_receipt": "loading.receipts",
+    "consolidate": "shards.consolidate",
+    "download": "transfer.download",
+    "load_receipt": "loading.receipts",
     "load_recipe": "recipe",
-    "pretokenize": "pipeline",
-    "upload": "uploads",
-    "verify": "verification",
+    "pretokenize": "pipeline.pretokenize",
+    "upload": "transfer.upload",
+    "verify": "verification.verify",
 }
 
 __all__ = [
@@ -71,13 +74,24 @@ __all__ = [
     "download",
     "load_receipt",
     "load_recipe",
+    "merge",
     "pretokenize",
+    "tokenize",
     "upload",
     "verify",
 ]
 
 
+_ALIASES = {"tokenize": "pretokenize", "merge": "consolidate"}
+"""Other words for functions."""
+
+
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tokenmill")
+    name = _ALIASES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'tokenmill' has no attribute {name!r}")
     return getattr(import_module(f"tokenmill.{_HOMES[name]}"), name)

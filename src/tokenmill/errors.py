@@ -6,7 +6,7 @@ about it. `exit_code` is what the command line exits with.
 
 from __future__ import annotations
 
-from tokenmill.redact import printable, redacted
+from tokenmill.redact import escape_surrogates, redact
 
 
 class TokenmillError(Exception):
@@ -20,8 +20,8 @@ class TokenmillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, next_step: str) -> None:
-        self.message = printable(redacted(message))
-        self.next_step = printable(redacted(next_step))
+        self.message = escape_surrogates(redact(message))
+        self.next_step = escape_surrogates(redact(next_step))
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class TokenizerError(TokenmillError):
 
 
 class AuditError(TokenizerError):
-    """The fast and the reference tokenizer engine disagree: use the reference engine."""
+    """The fast and the reference tokenizer backends disagree: use the reference backend."""
 
 
 class DataRootError(TokenmillError):

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
 OnBadRows = Literal["error", "skip"]
 """What to do about a row that is not what its format says."""
 
+OnBytes = Callable[[int, int], None]
+"""A callback that gets the number of bytes that are done, and of all bytes."""
+
 
 class StoreOptions(NamedTuple):
-    """How to reach stores that are not local."""
+    """How to reach stores that are not local, and how much to take from a corpus at a time."""
 
     endpoint_url: str | None = None
-    """Of an S3 store that is not AWS."""
+    """Address of an S3 store that is not AWS."""
     anonymous: bool = False
     """Send no credentials to it."""
     revision: str | None = None
     """The commit an earlier run resolved a hub data set to."""
+    max_document_nbytes: int = 1 << 30
+    """A document of a corpus that is larger is an error: of the text, or of the line that holds it."""
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
@@ -29,7 +36,7 @@ LARGEST_COUNT = (1 << 63) - 1
 
 
 def parse_count(text: str) -> int:
-    """A count as people write it: `1_000_000`, `1M`, `1.5e9`, `150Gi` (k, M, G or B, T: thousands; Ki to Ti: 1,024s).
+    """Parse a count: `1_000_000`, `1M`, `1.5e9`, `150Gi` (k, M, G or B, T are powers of 1,000; Ki to Ti of 1,024).
 
     Raises:
         ValueError: not a whole number, or more than 64 bits hold.
@@ -44,3 +51,10 @@ def parse_count(text: str) -> int:
     if value > LARGEST_COUNT:
         raise ValueError(f"{text!r}: expected at most {LARGEST_COUNT}")
     return -int(value) if sign == "-" else int(value)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

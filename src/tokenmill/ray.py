@@ -18,24 +18,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenmill.engine import mapped
 from tokenmill.errors import DataRootError, EngineError, TokenmillError
+from tokenmill.pipeline.cluster_engine import map_future
 
 T = TypeVar("T")
 
 _NAMESPACE = "tokenmill"
 _RETRIES = 8
-"""Of a task whose process or machine was lost; what a task raises is not tried again."""
+"""Retries of a task whose process or machine was lost; a task that raises an error is not run again."""
 _STORE_SHARE = 0.6
-"""Of the object store, for spans that wait; the rest is for copies that machines hold of one another's."""
-_LEASE_SECONDS = 15.0
+"""Share of the object store for spans that wait; the rest is for the copies that machines hold of each other's."""
+LEASE_SECONDS = 15.0
 """For a run that was killed to be noticed."""
 _LOOK_SECONDS = 2.0
 _CONNECT_SECONDS = 10.0
 
 
 class RayEngine:
-    """A Ray cluster (an `engine.ClusterEngine`). Use as a context manager.
+    """A Ray cluster (a `pipeline.cluster_engine.ClusterEngine`). Use as a context manager.
 
     Where the program is connected to Ray already (in a job, or by its own `ray.init`), that connection is used.
 
@@ -51,7 +51,7 @@ class RayEngine:
         self._ray = _import_ray()
         self._connected = not self._ray.is_initialized()
         self._own_variables: tuple[str, ...] = ()
-        """Of the environment, to be removed at the end."""
+        """Variables that were set in the environment, to be removed at the end."""
         if self._connected:
             address = address or os.environ.get("RAY_ADDRESS") or "auto"
             if address == "local" and not _has_token():
@@ -114,7 +114,7 @@ class RayEngine:
 
     def submit_split(self, task: Callable[..., tuple[Any, T]], /, *args: object) -> Future[tuple[object, T]]:
         kept, rest = self._remote_of(task).options(num_returns=2).remote(*args)
-        return mapped(self._noted(rest), lambda found: (kept, found))
+        return map_future(self._noted(rest), lambda found: (kept, found))
 
     def _remote_of(self, task: Callable[..., Any]) -> Any:
         if task not in self._remote:
@@ -122,7 +122,7 @@ class RayEngine:
         return self._remote[task]
 
     def _noted(self, reference: Any) -> Future[Any]:
-        """A future of what a reference stands for, its errors as ours."""
+        """Return a future of what a reference stands for, its errors as ours."""
         arriving: Future[Any] = reference.future()
         settled: Future[Any] = Future()
         with self._lock:
@@ -143,7 +143,7 @@ class RayEngine:
         return settled
 
     @contextmanager
-    def held(self, target: str) -> Iterator[None]:
+    def hold(self, target: str) -> Iterator[None]:
         """Be the only run of this cluster that writes to `target`: an actor of that name lives as long as this run.
 
         Raises:
@@ -151,7 +151,7 @@ class RayEngine:
         """
         name = f"writer-{hashlib.sha256(target.encode()).hexdigest()[:32]}"
         lease = self._ray.remote(num_cpus=0, max_restarts=-1)(_Lease).options(name=name, namespace=_NAMESPACE)
-        patience = time.monotonic() + _LEASE_SECONDS
+        patience = time.monotonic() + LEASE_SECONDS
         while True:
             try:
                 actor = lease.remote()
@@ -179,7 +179,7 @@ class RayEngine:
         # none of which finds a data root to write to that was left; and none outlives the connection.
         with self._lock:
             dropped, self._in_flight = self._in_flight, set()
-        for future in dropped:  # whoever waits for one would wait for ever once the connection is gone
+        for future in dropped:  # otherwise callers blocked on these futures would hang once the connection is closed
             future.set_exception(EngineError("the run is over", next_step="run the same command again"))
 
 
@@ -196,7 +196,7 @@ def _import_ray() -> Any:
 
 
 def _has_token() -> bool:
-    """Whether the user said anything of authentication."""
+    """Return whether the user said anything of authentication."""
     told = any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return told or Path("~/.ray/auth_token").expanduser().exists()
 
@@ -210,7 +210,7 @@ def _connect(ray: Any, address: str) -> None:
         )
     host, colon, port = (_last_address() if address == "auto" else address).rpartition(":")
     try:
-        if colon and port.isdecimal():  # Ray itself would go on trying for minutes
+        if colon and port.isdecimal():  # Ray itself would keep trying for minutes
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
@@ -230,7 +230,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _last_address() -> str:
-    """Of the cluster that this machine joined last, where Ray keeps it; it may be gone. Empty: none."""
+    """Return the address of the cluster that this machine joined last, which may be gone; empty if there is none."""
     temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     try:
         return Path(temporary, "ray", "ray_current_cluster").read_text().strip()
@@ -239,7 +239,7 @@ def _last_address() -> str:
 
 
 def _meant(ray: Any, error: BaseException) -> BaseException:
-    """What a task raised, as it raised it; the cluster's own troubles as an error that says what to do."""
+    """Return what a task raised, as it raised it; the cluster's own troubles as an error that says what to do."""
     if isinstance(error, ray.exceptions.RayTaskError):
         if not isinstance(error.cause, ray.exceptions.RayError):
             return error.cause if isinstance(error.cause, TokenmillError) else error

@@ -7,6 +7,7 @@ In: a built-in name or a TOML file, and overrides. Out: a frozen `Recipe`. What 
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -21,6 +22,9 @@ from tokenmill.options import LARGEST_COUNT, parse_count
 Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_COUNT)]
 
 DEFAULT_SHARD_SIZE = 256 * 1024 * 1024
+
+_TOML_CHARACTERS = 1 << 20
+"""Longest recipe. Parsing TOML takes time and memory that grow with the square of the parts of a dotted name."""
 
 _COUNTS = {"buffer_size", "shard_size", "total_tokens", "seq_len"}
 """Fields that may be written as `"150Gi"` or `"1e9"`."""
@@ -40,7 +44,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokenizer: str
     """A directory with `tokenizer.json`, such a file, or a hub name (`owner/name[@revision]`)."""
     text_column: str = "text"
-    """Of parquet and Arrow files the column, of JSON Lines the field that holds the documents."""
+    """Column of parquet and Arrow files, or field of JSON Lines, that holds the documents."""
     text_separator: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Ends each document of a plain text file; null makes every file one document."""
     order: Literal["buffer", "sequential"] = "buffer"
@@ -53,7 +57,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     total_tokens: Positive | None = None
     """Stop after this many tokens, mid-document if need be; null takes the whole corpus."""
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    """Of a stored token; `auto` is the smallest that holds the vocabulary."""
+    """Data type of a stored token; `auto` is the smallest that holds the vocabulary."""
     special_in_text: Literal["parse", "text"] = "parse"
     """What a control-token string such as `</s>` inside a document becomes: the control token, as
     HF `tokenizers` does by default, or ordinary text."""
@@ -62,13 +66,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seq_len: Positive = 2048
     """Tokens per training sample."""
 
+    def shard_tokens(self, index: int) -> int:
+        """Number of tokens of shard `index` if the corpus does not end before it does."""
+        if self.total_tokens is None:
+            return self.shard_size
+        return min(self.shard_size, self.total_tokens - index * self.shard_size)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON."""
         return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
 
     def difference(self, other: Recipe) -> str | None:
-        """The first setting in which `other` would make other bytes, as `field: mine, theirs`."""
+        """Return the first setting in which `other` would make other bytes, as `field: mine, theirs`."""
         mine, theirs = self._settings(), other._settings()
         for field, value in mine.items():
             if value != theirs[field]:
@@ -82,13 +92,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def builtin_recipes() -> list[str]:
-    """The names `load_recipe` knows, sorted."""
+    """Return the names `load_recipe` knows, sorted."""
     folder = resources.files("tokenmill") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(source: str | None = None, overrides: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe named or stored at `source` (None: the defaults), with `overrides` laid over it.
+    """Load the recipe named or stored at `source` (None: the defaults), with `overrides` applied to it.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown field, a wrong type, or a value missing.
@@ -111,8 +121,8 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
         ) from None
 
 
-def checked(recipe: Recipe) -> Recipe:
-    """The same recipe, its fields validated: a constructor call is not.
+def validate_recipe(recipe: Recipe) -> Recipe:
+    """Validate the fields of a recipe, which its constructor does not.
 
     Raises:
         RecipeError: a wrong type or value.
@@ -125,7 +135,8 @@ def _read_toml(source: str) -> dict[str, object]:
         text = (resources.files("tokenmill") / "recipes" / f"{source}.toml").read_text("utf-8")
     elif Path(source).is_file():
         try:
-            text = Path(source).read_text("utf-8")
+            with Path(source).open(encoding="utf-8") as file:
+                text = file.read(_TOML_CHARACTERS + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {source}: cannot be read: {error}", next_step="correct the file") from None
     else:
@@ -133,7 +144,12 @@ def _read_toml(source: str) -> dict[str, object]:
             f"recipe {source}: neither a built-in recipe nor a file",
             next_step=f"use one of {', '.join(builtin_recipes())}, or the path of a TOML file",
         )
+    if len(text) > _TOML_CHARACTERS or re.search(r"\.(?:[ \t]*[\w\"'-]+[ \t]*\.){31}", text):
+        raise RecipeError(
+            f"recipe {source}: expected at most {_TOML_CHARACTERS} characters, and no dotted name of many parts",
+            next_step="correct the file: a recipe has no tables within tables",
+        )
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {source}: not TOML: {error}", next_step="correct the file") from None

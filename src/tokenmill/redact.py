@@ -30,16 +30,16 @@ _SHORTEST = 8
 """Characters of a secret in the environment that is looked for: shorter ones are words."""
 
 
-def printable(text: object) -> str:
-    """A path or other text as any terminal, log or JSON takes it: bytes that are not UTF-8 are written out."""
+def escape_surrogates(text: object) -> str:
+    """Return a path or other text as any terminal, log or JSON takes it: bytes that are not UTF-8 are written out."""
     try:
         return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, which no file name has
         return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def redacted(text: str) -> str:
-    """The same, with every credential in it replaced: in URLs, queries, headers, and those of the environment."""
+def redact(text: str) -> str:
+    """Replace every credential in a text: in URLs, queries and headers, and the values of those in the environment."""
     for secret in _environment_secrets():
         text = text.replace(secret, GONE)
     text = _USER.sub(rf"\g<1>{GONE}@", text) if "@" in text else text
@@ -49,8 +49,8 @@ def redacted(text: str) -> str:
     return _KEY.sub(GONE, _BEARER.sub(rf"\g<1> {GONE}", text))
 
 
-def redacted_url(url: str) -> str:
-    """A URL as it is recorded: without user, password, query and fragment; anything else as it is."""
+def redact_url(url: str) -> str:
+    """Return a URL as it is recorded: without user, password, query and fragment; anything else as it is."""
     scheme, mark, rest = url.partition("://")
     if not mark or scheme.lower() in ("hf", "file"):
         return url
@@ -59,7 +59,7 @@ def redacted_url(url: str) -> str:
         try:
             parts = urllib.parse.urlsplit(f"{scheme}://{rest}")
         except ValueError:
-            return redacted(f"{scheme}://{rest}")
+            return redact(f"{scheme}://{rest}")
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return f"{scheme}://{rest}"
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from tokenmill import dataset, layout
-from tokenmill.dataset import ShardSamples
+from tokenmill.dataroot import layout
+from tokenmill.loading import dataset
+from tokenmill.loading.dataset import ShardSamples
 
 try:
     import torch
@@ -66,11 +67,11 @@ class TokenDataset(Dataset[torch.Tensor]):
         return _widened(self.data[index], self.dtype)
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        """A batch, gathered at once: the rows of one tensor."""
+        """Return a batch, gathered at once: the rows of one tensor."""
         return list(self[indices].unbind(0))
 
     def sample_id(self, index: int) -> int:
-        """The id of a sample."""
+        """Return the id of a sample."""
         return self.data.sample_id(index)
 
 
@@ -195,7 +196,7 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
     def locate_shards(
         shard_index: int, custom_path: os.PathLike[str] | str | None = None, file_prefix: str = "train"
     ) -> tuple[str, str]:
-        """Paths of a shard's tokens and sample ids, as Templar names them, whether they exist or not.
+        """Return paths of a shard's tokens and sample ids, as Templar names them, whether they exist or not.
 
         Raises:
             ValueError: neither `custom_path` nor `$DATASET_BINS_PATH` says where.
@@ -214,7 +215,7 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
         return _widened(self._samples[index], self.dtype)
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        """A batch, gathered at once: the rows of one tensor."""
+        """Return a batch, gathered at once: the rows of one tensor."""
         return list(self[indices].unbind(0))
 
     @property
@@ -225,5 +226,5 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
         return torch.from_numpy(np.array(self._samples.sample_ids))
 
     def sample_id(self, index: int) -> int:
-        """The id of a sample."""
+        """Return the id of a sample."""
         return int(self._samples.sample_id(index))

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from tokenmill.cli.main import main as main

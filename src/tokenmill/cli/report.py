@@ -1,0 +1,364 @@
+"""Report: results → lines of text for a person. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenmill.cli.progress import count, duration
+from tokenmill.dataroot.layout import SAMPLE_IDS, SKIPPED, TOKENS
+
+if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
+    from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
+
+    from tokenmill.cli.first_shard import ShardStatistics
+    from tokenmill.dataroot.manifest import Consolidated
+    from tokenmill.dataroot.proof import Check, Proof
+    from tokenmill.loading.info import Info
+    from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
+    from tokenmill.loading.stats import Stats
+    from tokenmill.pipeline.job import RunInputs
+    from tokenmill.pipeline.preflight import Preflight
+    from tokenmill.pipeline.summary import Summary
+    from tokenmill.shards.consolidate import ConsolidationReport
+    from tokenmill.transfer.selection import TransferReport as Transfer
+    from tokenmill.verification.verify import Verification
+
+
+def plan_lines(prepared: RunInputs, figures: Preflight, output: Path, workers: int) -> list[str]:
+    """Return the plan of a dry run."""
+    recipe, corpus, encoder = prepared
+    about = "" if figures.rows_exact else "about "
+    order = f"buffer of {recipe.buffer_size:,} rows, seed {recipe.seed}" if recipe.order == "buffer" else "sequential"
+    limit = "the whole corpus" if recipe.total_tokens is None else f"stops at {recipe.total_tokens:,}"
+    lines = {
+        "output": str(output),
+        "corpus": f"{corpus.location.name}: {figures.files:,} files, {figures.source_nbytes / 1e9:.3f} GB, "
+        f"{about}{figures.rows:,} rows",
+        "tokenizer": f"{encoder.tokenizer.name}: {encoder.tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} "
+        f"= {encoder.tokenizer.eos_id}, backend {encoder.backend.version}",
+        "order": order,
+        "tokens": f"about {count(figures.tokens)} ({limit}; "
+        f"the corpus has about {count(figures.estimated_corpus_tokens)})",
+        "done": f"{figures.done_tokens:,} tokens, by an earlier run",
+        "shards": f"about {figures.shards:,} of {recipe.shard_size:,} tokens, {figures.dtype}",
+        "disk": f"about {figures.disk_needed_nbytes / 1e9:.3f} GB needed, {figures.disk_free_nbytes / 1e9:.1f} GB free",
+        "memory": f"about {figures.estimated_memory_nbytes / 1e9:.2f} GB",
+        "time": f"about {duration(figures.estimated_seconds)} with {workers} workers",
+    }
+    if not figures.done_tokens:
+        del lines["done"]
+    return [f"{name:<10} {value}" for name, value in lines.items()] + [f"{'note':<10} {note}" for note in figures.notes]
+
+
+def summary_lines(summary: Summary, said: Collection[str] = ()) -> list[str]:
+    """Return what a run of `pretokenize` did; notes that were `said` when it began are not said again."""
+    place = _shards(summary.shards) if summary.proof is None else TOKENS
+    made = f"{summary.root}: {summary.tokens:,} tokens in {place} ({summary.dtype}), "
+    proof = proof_lines(summary.proof) if summary.proof else []
+    if summary.status == "already complete":
+        done = f"{summary.root}: already complete: {summary.tokens:,} tokens in {place}; nothing to do"
+        return [done, *_sent_lines(summary), *proof]
+    return [
+        *(f"{name} was missing or damaged: made again" for name in summary.remade),
+        f"{made}{summary.documents:,} documents",
+        f"rows {summary.rows:,} = {summary.documents:,} documents + {summary.skipped_null:,} null + "
+        f"{summary.skipped_empty:,} empty{_bad(summary.skipped_bad)}; {summary.special_documents:,} documents hold "
+        "control-token strings",
+        *([f"requests that failed and were tried again: {summary.retries:,}"] if summary.retries else []),
+        f"{summary.new_tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second / 1e6:.1f} M tokens/s; "
+        f"{summary.audited_documents:,} documents checked with the reference backend, all equal",
+        *(f"note: {note}" for note in summary.notes if note not in said),
+        *_sent_lines(summary),
+        *proof,
+    ]
+
+
+def _sent_lines(summary: Summary) -> list[str]:
+    return [f"{summary.uploaded_to}: has all of it"] if summary.uploaded_to else []
+
+
+def transfer_lines(result: Transfer) -> list[str]:
+    """Return what a transfer did, or would do."""
+    moved, nbytes = result.moved, sum(file.moved_nbytes for file in result.files)
+    there = _plural(len(result.files) - len(moved), "file")
+    if result.dry_run:
+        lines = [f"{file.nbytes:>16,}  {file.path}" for file in moved]
+        return [*lines, f"{_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB to transfer; {there} there already"]
+    speed = f" in {result.seconds:.1f} s, {nbytes / 1e6 / max(1e-9, result.seconds):.0f} MB/s" if nbytes else ""
+    lines = [
+        f"{result.source} \u2192 {result.target}: {_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB{speed}; "
+        f"{there} there already"
+    ]
+    proofs = {
+        "sha256": "SHA-256 of the manifest",
+        "etag": "the store's ETag",
+        "twice": "a second reading, which gave the same: the store tells nothing of the bytes",
+    }
+    for name, what in proofs.items():
+        if count := sum(file.checked == name for file in result.files):
+            lines.append(f"{_plural(count, 'file')} compared with {what}")
+    if result.retries:
+        lines.append(f"requests that failed and were tried again: {result.retries:,}")
+    return lines
+
+
+def _bad(count: int) -> str:
+    return f" + {count:,} bad (listed in {SKIPPED})" if count else ""
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
+
+
+def consolidation_lines(result: ConsolidationReport, *, skipped: bool) -> list[str]:
+    """Return what a consolidation did, and the proof of it."""
+    record = result.proof.record
+    lines = ["already complete; nothing to do"]
+    if result.status != "already complete":
+        lines = [f"{record.tokens_nbytes / 1e9:.3f} GB in {result.seconds:.1f} s"]
+    if result.adopted_nbytes:
+        lines.append(f"{result.adopted_nbytes / 1e9:.3f} GB of it had been copied by an earlier run")
+    if result.consumed:
+        lines.append(f"{_shards(result.consumed)} deleted: {TOKENS} has their bytes")
+    if skipped:
+        return [*lines, *file_lines(record), "Validation skipped: nothing was compared, so nothing was proven."]
+    return [*lines, *proof_lines(result.proof)]
+
+
+def file_lines(record: Consolidated) -> list[str]:
+    """Return what the two files are."""
+    return [
+        f"{TOKENS:<15} {record.tokens:,} tokens ({record.dtype})  sha256 {record.tokens_sha256}",
+        f"{SAMPLE_IDS:<15} {record.samples:,} ids ({record.id_scheme}, {record.seq_len:,} tokens each)  "
+        f"sha256 {record.sample_ids_sha256}",
+    ]
+
+
+def proof_lines(proof: Proof) -> list[str]:
+    """PASS or FAIL of every check, the verdict last; shards that pass share a line."""
+    lines = file_lines(proof.record)
+    shards = [check for check in proof.checks if check.name.startswith("train_")]
+    if good := sum(check.passed for check in shards):
+        lines.append(f"{'shards sha256':<24} PASS  {good:,} of {len(shards):,}")
+    for check in proof.checks:
+        if not (check.passed and check in shards):
+            lines += _check_lines(check)
+    if not proof.passed:
+        return [*lines, "\u274c Preprocessing failed validation!"]
+    if not proof.against:
+        return [
+            *lines,
+            "Nothing to compare with: there is no manifest.json, and no published data set has this many tokens. "
+            "The digests above are recorded, not proven.",
+        ]
+    return [*lines, f"compared with {proof.against}", "\u2705 Preprocessing complete!"]
+
+
+def _check_lines(check: Check) -> list[str]:
+    if check.passed:
+        return [f"{check.name:<24} PASS  {check.found}"]
+    return [f"{check.name:<24} FAIL", f"  expected  {check.expected}", f"  actual    {check.found}"]
+
+
+def receipt_lines(receipts: Mapping[str, Sequence[Check]]) -> list[str]:
+    """PASS or FAIL of every check of every receipt, the verdict on each last."""
+    lines: list[str] = []
+    for name, checks in receipts.items():
+        lines += [line for check in checks for line in _check_lines(check)]
+        lines.append(f"{name}: {'true' if all(check.passed for check in checks) else 'NOT TRUE'}")
+    return lines
+
+
+def statistics_lines(figures: ShardStatistics) -> list[str]:
+    """Return what the original test-shard script prints."""
+    return [
+        "",
+        "Saved representative shard:",
+        f"   Path: {figures.path}",
+        f"   Tokens: {figures.tokens:,}",
+        f"   Size: {figures.nbytes / 1024**2:.1f} MB",
+        f"   Dtype: {figures.dtype}",
+        "",
+        "Quick Stats:",
+        f"   Vocab range: {figures.id_min} - {figures.id_max}",
+        f"   Unique tokens: {figures.unique_ids:,}",
+        f"   Mean token ID: {figures.id_mean:.1f}",
+    ]
+
+
+def verification_lines(result: Verification) -> list[str]:
+    """Return what was checked, every finding, and the verdict last."""
+    lines = [f"{'ok' if not check.findings else 'WRONG':<6} {check.what}" for check in result.checked]
+    for finding in result.findings:
+        lines += [
+            f"{finding.file}: {finding.position}: {finding.what}",
+            f"  expected  {finding.expected}",
+            f"  found     {finding.found}",
+        ]
+    read = f"{result.nbytes / 1e9:.3f} GB read in {result.seconds:.1f} s"
+    if result.findings:
+        return [*lines, f"\u274c {_plural(len(result.findings), 'finding')}; {read}"]
+    if result.elsewhere:
+        lines += elsewhere_lines(result.elsewhere)
+        return [*lines, f"\u2705 what is here of {result.root} is what its records say; {read}"]
+    return [*lines, f"\u2705 {result.root} is what its records say; {read}"]
+
+
+def elsewhere_lines(files: Mapping[str, str]) -> list[str]:
+    """Return files of a data set that are in a store and not here."""
+    stores: dict[str, list[str]] = {}
+    for name, store in files.items():
+        stores.setdefault(store, []).append(name)
+    return [
+        f"not here but in {store}: {_plural(len(names), 'file')}: {names[0]}{f' to {names[-1]}' if names[1:] else ''}"
+        for store, names in stores.items()
+    ]
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def info_lines(found: Info) -> list[str]:
+    """Describe a data root at a glance."""
+    lines = {
+        "data root": f"{found.root}: {'complete' if found.complete else 'NOT complete'}, stored as "
+        f"{' and '.join(found.stored_as) or ('nothing here' if found.elsewhere else 'nothing yet')}",
+        "tokens": f"{found.tokens:,} ({found.dtype})",
+    }
+    if found.recipe is not None and found.tokenizer is not None:
+        recipe, tokenizer = found.recipe, found.tokenizer
+        datasets = recipe.dataset if isinstance(recipe.dataset, str) else ", ".join(recipe.dataset)
+        order = (
+            f"buffer of {recipe.buffer_size:,} rows, seed {recipe.seed}" if recipe.order == "buffer" else "as stored"
+        )
+        lines |= {
+            "documents": f"{found.documents:,}",
+            "corpus": f"{datasets}: {_plural(found.files or 0, 'file')}, {(found.source_nbytes or 0) / 1e9:.3f} GB",
+            "tokenizer": f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} = {tokenizer.eos_id}",
+            "": f"tokenizer.json sha256 {tokenizer.sha256}",
+            "order": order,
+            "recipe": f"shard_size {recipe.shard_size:,}, total_tokens {recipe.total_tokens}, "
+            f"special_in_text {recipe.special_in_text}, seq_len {recipe.seq_len:,}",
+            "fingerprint": found.fingerprint or "",
+            "made with": ", ".join(f"{name} {version}" for name, version in found.software.items()),
+        }
+    shown = [f"{name:<12} {value}" for name, value in lines.items()]
+    shown += [f"{'note':<12} {note}" for note in found.notes]
+    if found.ledger:
+        shown += [
+            "",
+            f"{'rows':>12} {'documents':>12} {'null':>9} {'empty':>9} {'special':>9} {'unused':>9}  source file",
+        ]
+        shown += [
+            f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}  {e.path}"
+            for e in found.ledger
+        ]
+    if found.shards:
+        shown += ["", f"{'tokens':>15} {'documents':>12}  {'sha256':<64}  shard"]
+        shown += [f"{s.tokens:>15,} {s.documents:>12,}  {s.sha256}  {s.name}" for s in found.shards]
+    if found.consolidated is not None and found.consolidated.complete:
+        shown += ["", *file_lines(found.consolidated)]
+    if found.elsewhere:
+        shown += ["", *elsewhere_lines(found.elsewhere)]
+    return shown
+
+
+def place_lines(place: Provenance) -> list[str]:
+    """Return tokens and the documents they come from."""
+    sample = "after the last whole sample" if place.sample is None else f"sample {place.sample:,}"
+    known = f", id {place.sample_id}" if place.sample_id else ""
+    span = f"token {place.begin:,}" if place.end == place.begin + 1 else f"tokens {place.begin:,} to {place.end - 1:,}"
+    return [f"{sample}{known}: {span} of the stream", *(f"  {_origin(part)}" for part in place.documents)]
+
+
+def _origin(part: DocumentSlice) -> str:
+    whole = f"of {part.document_tokens:,}"
+    if part.end == part.begin + 1:
+        return f"{part.source} row {part.row:,}, token {part.document_begin:,} {whole}"
+    return f"{part.source} row {part.row:,}, tokens {part.document_begin:,} to {part.document_end - 1:,} {whole}"
+
+
+def samples_lines(found: Samples) -> list[str]:
+    """Return the samples of a source row."""
+    numbers = ", ".join(f"{sample:,}" for sample in found.samples) or "none: after the last whole sample"
+    return [
+        f"{found.source} row {found.row:,}: tokens {found.begin:,} to {found.end - 1:,} of the stream",
+        f"  samples {numbers}",
+    ]
+
+
+_COLOURS = ("\x1b[97;48;5;236m", "\x1b[97;48;5;24m")
+_PLAIN = "\x1b[0m"
+
+
+def sample_lines(found: Sample, *, colour: bool) -> list[str]:
+    """Return the text with the bounds of its tokens: shades on a terminal, bars elsewhere."""
+    lines = place_lines(found.place)[:1]
+    for part in found.place.documents:
+        tokens = found.tokens[part.begin - found.place.begin : part.end - found.place.begin]
+        lines += ["", f"\u2500\u2500 {_origin(part)} \u2500\u2500", *_bounded(tokens, colour).split("\n")]
+    return lines
+
+
+def _bounded(tokens: list[Token], colour: bool) -> str:
+    texts = [_printable(token.text) for token in tokens if token.text]
+    if not colour:
+        return "\u2502".join(texts).replace("\n", "\u21b5\n").replace("\n\u2502", "\n")
+    shades = [_COLOURS[number % 2] for number in range(len(texts))]
+    # A shade must not run to the end of a line.
+    return "".join(
+        shade + text.replace("\n", f"\u21b5{_PLAIN}\n{shade}") + _PLAIN
+        for shade, text in zip(shades, texts, strict=True)
+    )
+
+
+def _printable(text: str) -> str:
+    """Without what would move a terminal's cursor or change its state."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def token_lines(found: Sample) -> list[str]:
+    """Return a line for every token."""
+    lines = place_lines(found.place)[:1]
+    for part in found.place.documents:
+        lines += ["", _origin(part), f"{'token':>15} {'id':>8}  text"]
+        for at in range(part.begin, part.end):
+            token = found.tokens[at - found.place.begin]
+            lines.append(f"{at:>15,} {token.id:>8}  {token.text!r}")
+    return lines
+
+
+def stats_lines(found: Stats) -> list[str]:
+    """Describe statistics at a glance."""
+    vocabulary = f" of {found.vocab_size:,}" if found.vocab_size else ""
+    lines = [
+        f"tokens        {found.tokens:,}",
+        f"ids           {found.distinct_ids:,} different{vocabulary}, {found.id_min} to {found.id_max}, "
+        f"mean {found.id_mean:.1f}",
+        "most frequent "
+        + ", ".join(
+            f"{token.name!r} {token.count / found.tokens:.2%}"
+            if token.name is not None
+            else f"{token.id} {token.count / found.tokens:.2%}"
+            for token in found.top[:10]
+        ),
+    ]
+    if found.document_tokens is not None:
+        figures = "  ".join(
+            f"{name if name == 'mean' else name + '%'} {value:,.0f}" for name, value in found.document_tokens.items()
+        )
+        lines += [f"documents     {found.documents:,}", f"their tokens  {figures}"]
+    if found.duplicates is None:
+        lines.append("duplicates    not known: the data root has no sample ids (tokenmill consolidate makes them)")
+    else:
+        same = found.duplicates
+        lines.append(f"duplicates    {same.ids:,} sample ids occur more than once, {same.samples:,} samples too many")
+        lines += [f"              samples {', '.join(map(str, samples[:10]))}" for samples in same.first]
+        if same.without_tokens:
+            lines.append(f"              {same.without_tokens:,} ids cover no tokens (templar-v1)")
+    if found.tokens_by_source is not None:
+        lines += ["", f"{'tokens':>15}  source file"]
+        lines += [f"{tokens:>15,}  {source}" for source, tokens in found.tokens_by_source.items()]
+    return lines

@@ -1,0 +1,1 @@
+"""Encoding: text to tokens, by the fast backend and by the reference that checks it."""

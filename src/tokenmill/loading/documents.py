@@ -1,0 +1,124 @@
+"""Documents: where the documents of a finished data root begin and what they came from. Reads only."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokenmill.dataroot import layout
+from tokenmill.dataroot.manifest import Manifest
+from tokenmill.errors import DataRootError
+
+_VERIFY = "run tokenmill verify on the data root"
+STARTS_NBYTES = 1 << 30
+"""Size of the starts that are cached, 8 bytes a document; beyond it the least recently used shards are read again."""
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+
+
+class Document(NamedTuple):
+    """A document of the stream."""
+
+    start: int
+    """Its first token, counted in the whole stream."""
+    tokens: int
+    source: str
+    row: int
+
+
+class DocumentIndex:
+    """Finds documents by the tokens they hold, from the sidecars; one sidecar is in memory at a time."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        if not manifest.shards:
+            raise DataRootError(f"{root}: {layout.MANIFEST} lists no shards", next_step=_VERIFY)
+        self._root = root
+        self._shards = manifest.shards
+        self._shard_size = manifest.recipe.shard_size
+        self._read: tuple[int, pa.Table] | None = None
+        self._starts: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+
+    def between(self, begin: int, end: int) -> list[Document]:
+        """Return the documents that hold tokens `begin` to `end`, in order."""
+        found: list[Document] = []
+        shard = min(begin // self._shard_size, len(self._shards) - 1)
+        # The document that holds the first token may have begun shards ago.
+        while shard > 0 and not self._starts_by(shard, begin):
+            shard -= 1
+        while shard < len(self._shards) and shard * self._shard_size < end:
+            table = self.sidecar(shard)
+            starts = table["start"].to_numpy()
+            ends = starts + table["tokens"].to_numpy()
+            inside = np.flatnonzero((starts < end) & (ends > begin))
+            if len(inside):
+                found += [Document(**row) for row in table.slice(int(inside[0]), len(inside)).to_pylist()]
+            shard += 1
+        return found
+
+    def _starts_by(self, shard: int, token: int) -> bool:
+        starts = self.sidecar(shard)["start"]
+        return len(starts) > 0 and starts[0].as_py() <= token
+
+    def starts_between(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Return the tokens from `begin` to before `end` at which a document starts, in order.
+
+        The first call for a shard reads the starts of all its documents, which stay in memory.
+        """
+        found = []
+        for shard in range(begin // self._shard_size, min(-(-end // self._shard_size), len(self._shards))):
+            starts = self._starts_of(shard)
+            found.append(starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end)])
+        return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
+
+    def _starts_of(self, shard: int) -> NDArray[np.int64]:
+        with self._lock:
+            starts = self._starts.pop(shard, None)
+            if starts is None:
+                starts = self._table(shard, columns=["start"])["start"].to_numpy()
+            self._starts[shard] = starts  # the last of a dict is the one used last
+            while len(self._starts) > 1 and sum(each.nbytes for each in self._starts.values()) > STARTS_NBYTES:
+                del self._starts[next(iter(self._starts))]
+            return starts
+
+    def of_row(self, source: str, row: int) -> Document | None:
+        """Return the document that a source row became; None if it became none."""
+        for shard in range(len(self._shards)):
+            table = self._table(shard, filters=[("source", "=", source), ("row", "=", row)])
+            if len(table):
+                return Document(**table.to_pylist()[0])
+        return None
+
+    def sidecar(self, shard: int) -> pa.Table:
+        """Return the documents that start in a shard: `start`, `tokens`, `source`, `row`."""
+        if self._read is None or self._read[0] != shard:
+            self._read = shard, self._table(shard)
+        return self._read[1]
+
+    def _table(self, shard: int, *, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        path = self._root / layout.documents_name(shard)
+        if not path.is_file():
+            raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
+        schema = _SCHEMA if columns is None else pa.schema([_SCHEMA.field(name) for name in columns])
+        try:
+            with path.open("rb") as file:  # Arrow opens no path that is not UTF-8
+                # Threads of its own would outlive an error, and end the process with an abort.
+                how = {"use_threads": False, "pre_buffer": False}
+                table = pq.read_table(file, columns=columns, filters=filters, **how)
+            return table.cast(schema).unify_dictionaries()
+        except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
+            what = str(error).splitlines()[0]
+            raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None

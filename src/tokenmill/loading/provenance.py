@@ -1,0 +1,200 @@
+"""Provenance: the text of a sample, where it came from, and which samples hold a row of the source. Reads only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from tokenmill.encoding.hf import HFBackend
+from tokenmill.encoding.tokenizer import load_tokenizer
+from tokenmill.errors import QueryError, TokenizerError
+from tokenmill.loading.data_root import DataRoot, open_root
+from tokenmill.loading.documents import Document
+
+_MOST_LISTED = 10
+"""Samples with the same id."""
+
+
+class DocumentSlice(msgspec.Struct):
+    """The part of a document that lies among some tokens."""
+
+    source: str
+    row: int
+    begin: int
+    """Its first token among them, counted in the whole stream; likewise `end`, one past the last."""
+    end: int
+    document_begin: int
+    """The same, counted in the document."""
+    document_end: int
+    document_tokens: int
+    """Number of tokens of the whole document, EOS included."""
+
+
+class Provenance(msgspec.Struct):
+    """Tokens of the stream and the documents they belong to."""
+
+    sample: int | None
+    sample_id: str | None
+    """As 16 hexadecimal digits of the integer; None where the data root is not consolidated."""
+    begin: int
+    end: int
+    documents: list[DocumentSlice]
+
+
+def where_sample(root: Path, sample: int) -> Provenance:
+    """Return where the tokens of a sample come from.
+
+    Raises:
+        QueryError: there is no such sample.
+        DataRootError: the data root has no manifest, or is not finished.
+    """
+    found = open_root(root)
+    begin, end = _sample_tokens(found, sample)
+    return Provenance(sample, _id_of(found, sample), begin, end, _document_slices(found, begin, end))
+
+
+def where_token(root: Path, token: int) -> Provenance:
+    """Return where a token of the stream comes from; raises as `where_sample`."""
+    found = open_root(root)
+    found.tokens().read(token, token + 1)  # raises for a token after the end
+    sample = token // found.seq_len
+    if sample >= found.tokens().tokens // found.seq_len:
+        return Provenance(None, None, token, token + 1, _document_slices(found, token, token + 1))
+    return Provenance(sample, _id_of(found, sample), token, token + 1, _document_slices(found, token, token + 1))
+
+
+def where_sample_id(root: Path, sample_id: str) -> list[Provenance]:
+    """Return where the samples with an id come from, one for each (the same text may occur twice)."""
+    found = open_root(root)
+    try:
+        number = int(sample_id, 16)
+        wanted = np.uint64(number)
+    except (ValueError, OverflowError):
+        raise QueryError(
+            f"sample id {sample_id!r}: expected up to 16 hexadecimal digits", next_step="see: tokenmill show --sample"
+        ) from None
+    samples = np.flatnonzero(found.sample_ids() == wanted).tolist()
+    if not samples:
+        raise QueryError(f"{root}: no sample has the id {number:016x}", next_step="check the id and the data root")
+    return [where_sample(root, sample) for sample in samples[:_MOST_LISTED]]
+
+
+class Samples(msgspec.Struct):
+    """The samples that hold a source row."""
+
+    source: str
+    row: int
+    begin: int
+    end: int
+    samples: list[int]
+    """Numbers of the whole samples; tokens after the last whole sample are in none."""
+
+
+def where_row(root: Path, source: str, row: int) -> Samples:
+    """Return the samples that hold a row of a source file; raises as `where_sample`."""
+    found = open_root(root)
+    index = found.documents()
+    assert found.manifest is not None
+    file = next((file for file in found.manifest.files if file.path == source), None)
+    if file is None:
+        raise QueryError(
+            f"{source}: not a source file of this data set, which has {len(found.manifest.files)}, "
+            f"such as {found.manifest.files[0].path}",
+            next_step="give the path as the manifest lists it, relative to the corpus",
+        )
+    document = index.of_row(source, row)
+    if document is None:
+        rows = "which was not reached" if file.rows is None else f"which has {file.rows} rows"
+        raise QueryError(
+            f"row {row} of {source}, {rows}, is in no sample: it has no text, or lies after the end of the stream",
+            next_step="ask for another row; the ledger (tokenmill info) has the counts",
+        )
+    end = min(document.start + document.tokens, found.manifest.tokens)
+    whole = found.manifest.tokens // found.seq_len
+    samples = range(document.start // found.seq_len, min(whole, (end - 1) // found.seq_len + 1))
+    return Samples(source, row, document.start, end, list(samples))
+
+
+class Token(NamedTuple):
+    """A token as a person reads it."""
+
+    id: int
+    text: str
+    """What it adds to the text; empty while a character is not whole."""
+
+
+class Sample(NamedTuple):
+    """A sample as a person reads it."""
+
+    place: Provenance
+    tokens: list[Token]
+
+
+def show(root: Path, sample: int) -> Sample:
+    """Return the text of a sample, token by token.
+
+    Raises:
+        QueryError: there is no such sample.
+        TokenizerError: the tokenizer is not at hand, or is not the one that made the tokens.
+        DataRootError: the data root has no manifest, or is not finished.
+    """
+    found = open_root(root)
+    place = where_sample(root, sample)
+    tokens = found.tokens().read(place.begin, place.end).tolist()
+    backend = open_backend(found)
+    documents = [tokens[part.begin - place.begin : part.end - place.begin] for part in place.documents]
+    pieces = [piece for ids in documents for piece in backend.pieces(ids)]
+    return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)])
+
+
+def open_backend(found: DataRoot) -> HFBackend:
+    """Return the reference backend with the tokenizer that made the tokens of a data root.
+
+    Raises:
+        TokenizerError: the tokenizer is not at hand, or is another one.
+    """
+    assert found.manifest is not None
+    recorded = found.manifest.tokenizer
+    tokenizer = load_tokenizer(recorded.name, eos_token=found.manifest.recipe.eos_token, revision=recorded.revision)
+    if tokenizer.sha256 != recorded.sha256:
+        raise TokenizerError(
+            f"tokenizer {recorded.name}: is not the one that made {found.root}: expected tokenizer.json sha256 "
+            f"{recorded.sha256}, found {tokenizer.sha256}",
+            next_step="put the tokenizer back where it was",
+        )
+    return HFBackend(tokenizer, special_in_text="parse")
+
+
+def _sample_tokens(found: DataRoot, sample: int) -> tuple[int, int]:
+    samples = found.tokens().tokens // found.seq_len
+    if not 0 <= sample < samples:
+        raise QueryError(
+            f"sample {sample}: the data set has {samples} samples of {found.seq_len} tokens",
+            next_step=f"ask for one from 0 to {samples - 1}" if samples else "consolidate it with a shorter --seq-len",
+        )
+    return sample * found.seq_len, (sample + 1) * found.seq_len
+
+
+def _id_of(found: DataRoot, sample: int) -> str | None:
+    if found.record is None or not found.record.complete:
+        return None
+    return f"{int(found.sample_ids()[sample]):016x}"
+
+
+def _document_slices(found: DataRoot, begin: int, end: int) -> list[DocumentSlice]:
+    def slice_of(document: Document) -> DocumentSlice:
+        first, last = max(begin, document.start), min(end, document.start + document.tokens)
+        return DocumentSlice(
+            document.source,
+            document.row,
+            first,
+            last,
+            first - document.start,
+            last - document.start,
+            document.tokens,
+        )
+
+    return [slice_of(document) for document in found.documents().between(begin, end)]

@@ -1,0 +1,166 @@
+"""Statistics of a data root: lengths, frequencies, duplicate samples. Reads only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.encoding.tokenizer import MAX_IDS
+from tokenmill.errors import DataRootError, TokenizerError
+from tokenmill.loading.data_root import DataRoot, open_root
+from tokenmill.loading.provenance import open_backend
+from tokenmill.options import OnBytes
+
+_CHUNK_TOKENS = 1 << 22
+_TOP = 20
+_PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+_LISTED_DUPLICATES = 10
+
+
+class TokenCount(msgspec.Struct):
+    """How often a token occurs."""
+
+    id: int
+    count: int
+    name: str | None
+    """As the vocabulary writes it; None where the tokenizer is not at hand."""
+
+
+class Duplicates(msgspec.Struct):
+    """Sample ids that occur more than once."""
+
+    ids: int
+    """Different ids that do."""
+    samples: int
+    """Samples that could be left out without losing an id."""
+    without_tokens: int
+    """Ids that cover no tokens, as half of those of `templar-v1` do; not counted above."""
+    first: list[list[int]]
+    """Some of them, as lists of samples."""
+
+
+class Stats(msgspec.Struct, kw_only=True):
+    """Figures of a data root's documents and tokens. None: not known without a manifest, or not consolidated."""
+
+    tokens: int
+    distinct_ids: int
+    id_min: int
+    id_max: int
+    id_mean: float
+    top: list[TokenCount]
+    vocab_size: int | None
+    documents: int | None
+    document_tokens: dict[str, float] | None
+    """Percentiles, EOS included, and the mean."""
+    tokens_by_source: dict[str, int] | None
+    duplicates: Duplicates | None
+
+
+def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Stats:
+    """Read every token and every sidecar.
+
+    Raises:
+        DataRootError: the data root is not finished.
+    """
+    found = open_root(root)
+    stream = found.tokens()
+    if stream.tokens == 0:
+        raise DataRootError(f"{root}: has no tokens", next_step="give another data root")
+    counts = token_counts(stream.chunks(_CHUNK_TOKENS), stream.tokens, stream.dtype.itemsize, on_progress)
+    used = np.flatnonzero(counts)
+    frequent = used[np.argsort(counts[used], kind="stable")[::-1][:_TOP]]
+    lengths, by_source = _document_figures(found)
+    return Stats(
+        tokens=stream.tokens,
+        distinct_ids=len(used),
+        id_min=int(used[0]),
+        id_max=int(used[-1]),
+        id_mean=float(np.dot(counts, np.arange(len(counts), dtype=np.float64)) / stream.tokens),
+        top=[
+            TokenCount(token, int(counts[token]), name)
+            for token, name in zip(frequent.tolist(), _names(found, frequent.tolist()), strict=True)
+        ],
+        vocab_size=found.manifest.tokenizer.vocab_size if found.manifest else None,
+        documents=found.manifest.documents if found.manifest else None,
+        document_tokens=lengths,
+        tokens_by_source=by_source,
+        duplicates=_duplicates(found),
+    )
+
+
+def token_counts(
+    chunks: Iterable[NDArray[Any]],
+    tokens: int,
+    itemsize: int,
+    on_progress: OnBytes = lambda done, total: None,
+) -> NDArray[np.int64]:
+    """Return how often each id occurs in chunks of tokens, shape `(largest id + 1,)`."""
+    counts = np.zeros(1, np.int64)
+    done = 0
+    for chunk in chunks:
+        if len(chunk) and int(chunk.max()) >= MAX_IDS:
+            at = int(np.argmax(chunk >= MAX_IDS))
+            raise DataRootError(
+                f"token {done + at} of the stream: expected an id below {MAX_IDS}, found {int(chunk[at])}",
+                next_step="the file is damaged, or its tokens have another dtype: run tokenmill verify",
+            )
+        found = np.bincount(chunk)
+        if len(found) > len(counts):
+            counts = np.pad(counts, (0, len(found) - len(counts)))
+        counts[: len(found)] += found
+        done += len(chunk)
+        on_progress(done * itemsize, tokens * itemsize)
+    return counts
+
+
+def _document_figures(found: DataRoot) -> tuple[dict[str, float] | None, dict[str, int] | None]:
+    if found.manifest is None:
+        return None, None
+    index = found.documents()
+    lengths: list[NDArray[np.int64]] = []
+    by_source: Counter[str] = Counter()
+    for shard in range(len(found.manifest.shards)):
+        table = index.sidecar(shard)
+        lengths.append(table["tokens"].to_numpy())
+        sums = table.group_by("source").aggregate([("tokens", "sum")])
+        by_source.update(dict(zip(sums["source"].to_pylist(), sums["tokens_sum"].to_pylist(), strict=True)))
+    every = np.concatenate(lengths)
+    figures = dict(zip(map(str, _PERCENTILES), np.percentile(every, _PERCENTILES).tolist(), strict=True))
+    return figures | {"mean": float(every.mean())}, dict(sorted(by_source.items()))
+
+
+def _names(found: DataRoot, ids: list[int]) -> list[str | None]:
+    """Return tokens as the vocabulary writes them; figures are of use without it, too."""
+    if found.manifest is None:
+        return [None] * len(ids)
+    try:
+        backend = open_backend(found)
+    except TokenizerError:
+        return [None] * len(ids)
+    return [backend.name_of(token) for token in ids]
+
+
+def _duplicates(found: DataRoot) -> Duplicates | None:
+    record = found.record
+    if record is None or not record.complete:
+        return None
+    covered = min(record.samples, -(-record.tokens_nbytes // record.window_nbytes))
+    ids = np.array(found.sample_ids()[:covered])
+    order = np.argsort(ids, kind="stable")
+    ranked = ids[order]
+    bounds = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if covered else np.empty(0, np.int64)
+    sizes = np.diff(np.append(bounds, covered))
+    repeated = np.flatnonzero(sizes > 1)
+    first = [sorted(order[bounds[i] : bounds[i] + sizes[i]].tolist()) for i in repeated[:_LISTED_DUPLICATES]]
+    return Duplicates(
+        ids=len(repeated),
+        samples=int((sizes[repeated] - 1).sum()),
+        without_tokens=record.samples - covered,
+        first=sorted(first),
+    )

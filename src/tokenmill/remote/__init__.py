@@ -1,0 +1,1 @@
+"""Remote: HTTP, S3 and the hub, with retries, limits of time, certificates and ETags."""

@@ -1,0 +1,1 @@
+"""Shards: tokens to shard files and sidecars, and shards to `tokens.bin`."""

@@ -1,0 +1,180 @@
+"""Shard, stage 5: parts of blocks → a shard, its documents sidecar, and its record.
+
+A shard streams to its sink, a file of its own or a stretch of `tokens.bin`: memory holds one part
+at a time. Write and hash run where `append` is called, off the driver's thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokenmill.dataroot import layout, npy
+from tokenmill.dataroot.atomic import write_whole
+from tokenmill.dataroot.manifest import Count, Cursor, ShardRecord
+from tokenmill.encoding.encoder import BAD, EMPTY, NULL, SPECIAL
+from tokenmill.errors import SourceChangedError
+from tokenmill.shards.pack import EmittedRows, ShardSlice
+from tokenmill.shards.token_sink import TokenSink
+
+_DOCUMENTS_SCHEMA = pa.schema(
+    {
+        "start": pa.int64(),
+        "tokens": pa.int64(),
+        "source": pa.dictionary(pa.int32(), pa.string()),
+        "row": pa.int64(),
+    }
+)
+DOCUMENTS_ROW_GROUP = 1 << 18
+
+
+class ShardWriter:
+    """Writes one shard and its sidecar.
+
+    Args:
+        root: the data root.
+        index: of the shard.
+        sink: where its tokens go.
+        tokens: the shard's size if it is full; the last one may end with less.
+        dtype: of a token.
+        paths: names of the source files, by index.
+        temp_suffix: as of `atomic.AtomicFile`, for the sidecar.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        index: int,
+        sink: TokenSink,
+        *,
+        tokens: int,
+        dtype: npy.TokenDType,
+        paths: pa.Array,
+        temp_suffix: str = "",
+    ) -> None:
+        self.index = index
+        self._sink = sink
+        self._expected = tokens
+        self._dtype = dtype
+        self._tokens = 0
+        self._documents = Documents(root / layout.documents_name(index), paths, temp_suffix)
+        self._ledger: dict[int, Count] = {}
+        self._sha256 = hashlib.sha256(npy.npy_header(dtype, tokens))
+
+    def append(self, block: EmittedRows, part: ShardSlice, position: int) -> None:
+        """Write a part whose first token is at `position` of the stream."""
+        rows = block.rows(part.begin, part.end)
+        for tokens in rows.gather(part.skip, part.tokens):
+            data = tokens.data.cast("B")
+            self._sink.write(data)
+            self._sha256.update(data)
+        self._tokens += part.tokens
+        self.count(tally(block.rows(part.first_start, part.end)))
+        self._note_documents(rows, position - part.skip, part.skip > 0)
+
+    @property
+    def is_full(self) -> bool:
+        return self._tokens == self._expected
+
+    def count(self, counts: list[Count]) -> None:
+        """Enter rows into the ledger."""
+        for count in counts:
+            self._ledger.setdefault(count.file, Count(count.file)).add(count)
+
+    def _note_documents(self, rows: EmittedRows, first_start: int, skip_first: bool) -> None:
+        starts = first_start + np.cumsum(rows.length) - rows.length
+        found = np.flatnonzero(rows.length > 0)[int(skip_first) :]
+        self._documents.append(starts[found], rows.length[found], rows.file[found], rows.row[found])
+
+    def finish(self, next_cursor: Cursor, expected: ShardRecord | None) -> ShardRecord:
+        """Publish the sidecar, then the shard; its record.
+
+        Raises:
+            SourceChangedError: the shard was made before and is another now. It is not published.
+        """
+        header = npy.npy_header(self._dtype, self._tokens)
+        sha256 = self._sha256.hexdigest() if self._tokens == self._expected else self._sink.digest(header)
+        if expected is not None and (sha256, next_cursor) != (expected.sha256, expected.next_cursor):
+            raise SourceChangedError(
+                f"{self._sink.path.parent / layout.shard_name(self.index)}: made again it is another shard: "
+                f"expected sha256 {expected.sha256}, found {sha256}",
+                next_step="the text of the corpus changed since: restore it, or start in another directory",
+            )
+        documents_sha256 = self._documents.publish()
+        mtime_ns = self._sink.publish(header)
+        return ShardRecord(
+            index=self.index,
+            tokens=self._tokens,
+            sha256=sha256,
+            documents=self._documents.count,
+            documents_sha256=documents_sha256,
+            next_cursor=next_cursor,
+            mtime_ns=mtime_ns,
+            ledger=[self._ledger[file] for file in sorted(self._ledger)],
+        )
+
+    def discard(self) -> None:
+        """Remove what was written of the shard."""
+        self._sink.discard()
+
+
+class Documents:
+    """Writes the documents sidecar; memory holds one row group and the compressed rest."""
+
+    def __init__(self, path: Path, paths: pa.Array, temp_suffix: str = "") -> None:
+        self._path = path
+        self._tag = temp_suffix
+        self._paths = paths
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, _DOCUMENTS_SCHEMA, compression="zstd")
+        self._waiting: list[NDArray[np.int64]] = []
+        self._waiting_rows = 0
+        self.count = 0
+
+    def append(
+        self, start: NDArray[np.int64], tokens: NDArray[np.int64], file: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> None:
+        """Note documents, arrays of shape `(documents,)`."""
+        self._waiting.append(np.stack([start, tokens, file, row]))
+        self.count += len(start)
+        self._waiting_rows += len(start)
+        while self._waiting_rows >= DOCUMENTS_ROW_GROUP:
+            self._write(DOCUMENTS_ROW_GROUP)
+
+    def _write(self, rows: int) -> None:
+        """Write the first `rows` documents that wait: where row groups end must not depend on blocks."""
+        waiting = np.hstack(self._waiting)
+        start, tokens, file, row = waiting[:, :rows]
+        used, index = np.unique(file, return_inverse=True)
+        source = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), self._paths.take(pa.array(used)))
+        self._writer.write_table(pa.table([start, tokens, source, row], schema=_DOCUMENTS_SCHEMA), row_group_size=rows)
+        self._waiting = [waiting[:, rows:]]
+        self._waiting_rows -= rows
+
+    def publish(self) -> str:
+        """Write the file; its SHA-256."""
+        if self._waiting_rows:
+            self._write(self._waiting_rows)
+        self._writer.close()
+        data = memoryview(self._sink.getvalue())
+        write_whole(self._path, data, self._tag)
+        return hashlib.sha256(data).hexdigest()
+
+
+def tally(rows: EmittedRows) -> list[Count]:
+    """Return the rows of a block by source file and kind."""
+    if len(rows) == 0:
+        return []
+    files, file = np.unique(rows.file, return_inverse=True)
+    null = np.bincount(file, rows.flags & NULL > 0, len(files)).astype(int)
+    empty = np.bincount(file, rows.flags & EMPTY > 0, len(files)).astype(int)
+    special = np.bincount(file, rows.flags & SPECIAL > 0, len(files)).astype(int)
+    bad = np.bincount(file, rows.flags & BAD > 0, len(files)).astype(int)
+    every = np.bincount(file, minlength=len(files))
+    counts = np.stack([files, every - null - empty - bad, null, empty, special, bad], axis=1)
+    return [Count(*row) for row in counts.tolist()]

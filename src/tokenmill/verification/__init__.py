@@ -1,0 +1,1 @@
+"""Verification: every byte of a data root against its records and, on request, its corpus."""

@@ -1,0 +1,279 @@
+"""Verify deep: stored tokens against the source itself, by the reference backend. Reads only.
+
+Two questions that digests cannot answer: are the tokens those of the text, and is the order the
+recipe's? Some documents are encoded again, and one whole shard is rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tokenmill.corpus.choice import RULES
+from tokenmill.corpus.corpus import Corpus, find_corpus
+from tokenmill.corpus.order import file_order, row_order
+from tokenmill.corpus.reader import first_line
+from tokenmill.dataroot import layout
+from tokenmill.encoding.hf import CannotEncodeError, HFBackend
+from tokenmill.encoding.tokenizer import TokenizerFile, load_tokenizer
+from tokenmill.errors import SourceError, TokenizerError
+from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.documents import Document
+from tokenmill.options import StoreOptions
+from tokenmill.remote.remote_file import RemoteFile
+from tokenmill.verification.findings import VerifyRun, shard_header
+from tokenmill.verification.plain_reader import read_values
+
+_ORDER_ROWS = 1 << 20
+_ENDLESS = 1 << 40
+"""Rows of a file that were not counted."""
+
+
+def verify_deep(
+    job: VerifyRun,
+    documents: int,
+    *,
+    dataset: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
+) -> None:
+    """Add findings to `job`.
+
+    Raises:
+        SourceError: the corpus is not where the recipe, or `dataset`, says.
+        TokenizerError: likewise the tokenizer, or it is another one.
+    """
+    deep = DeepRun(job, dataset, tokenizer, store)
+    job.group("source files: there, sizes", deep.check_files)
+    job.group("the probe: ids as recorded", deep.check_probe)
+    if job.findings:
+        return  # what is stored is known to be wrong: nothing to compare with
+    rng = np.random.default_rng(int(deep.manifest.fingerprint[:15], 16))
+    wanted = np.sort(rng.choice(deep.manifest.documents, min(documents, deep.manifest.documents), replace=False))
+    shard = int(rng.integers(len(deep.manifest.shards)))
+    job.group(f"{len(wanted)} documents encoded again from the source", lambda: deep.check_documents(wanted))
+    job.group(f"train_{shard:06d}.npy rebuilt from the source", lambda: deep.rebuild(shard))
+
+
+class DeepRun:
+    """Compares a data root with its corpus: documents encoded again, and one shard rebuilt."""
+
+    def __init__(
+        self, job: VerifyRun, dataset: Sequence[str] | None, tokenizer: str | None, store: StoreOptions
+    ) -> None:
+        assert job.manifest is not None
+        self.job = job
+        self.manifest = job.manifest
+        recipe = self.manifest.recipe
+        datasets = dataset if dataset is not None else recipe.dataset
+        if not isinstance(datasets, str) and len(datasets) == 1:
+            datasets = datasets[0]
+        if dataset is None:
+            store = store._replace(revision=self.manifest.source_revision)
+        only = [file.path for file in self.manifest.files] if self.manifest.source_rules < RULES else None
+        self.corpus: Corpus = find_corpus(datasets, recipe.text_column, recipe.text_separator, store, only=only)
+        loaded = self._load_tokenizer(tokenizer)
+        self.engine = HFBackend(loaded, special_in_text=recipe.special_in_text)
+        self.tokenizer = self.engine.resolved(loaded)
+        self.root = DataRoot(job.root, self.manifest, job.record)
+
+    def _load_tokenizer(self, name: str | None) -> TokenizerFile:
+        recorded = self.manifest.tokenizer
+        revision = recorded.revision if name is None else None
+        loaded = load_tokenizer(name or recorded.name, eos_token=self.manifest.recipe.eos_token, revision=revision)
+        if loaded.sha256 != recorded.sha256:
+            raise TokenizerError(
+                f"tokenizer {loaded.name}: expected tokenizer.json sha256 {recorded.sha256}, found {loaded.sha256}",
+                next_step="give the one that made the data set with --tokenizer",
+            )
+        return loaded
+
+    def check_files(self) -> None:
+        """The corpus must be the one that was read."""
+        found = {file.path: file.nbytes for file in self.corpus.files}
+        for file in self.manifest.files:
+            self.job.same(
+                self.corpus.name_of(file.path),
+                "the file",
+                "size in bytes",
+                expected=file.nbytes,
+                found=found.get(file.path, "no such file"),
+            )
+
+    def check_probe(self) -> None:
+        """The reference backend must still give the ids it gave, and the end-of-sequence token the id it had."""
+        expected_id = self.manifest.tokenizer.eos_id
+        found_id = self.tokenizer.eos_id
+        self.job.same(layout.MANIFEST, "tokenizer.eos_id", "id of EOS", expected=found_id, found=expected_id)
+        for text, expected in self.manifest.tokenizer.probe.items():
+            try:
+                found: object = self._encode([text])[0][:-1].tolist()
+            except CannotEncodeError as error:
+                found = str(error)
+            self.job.same(layout.MANIFEST, "tokenizer.probe", f"ids of {text!r}", expected=expected, found=found)
+
+    def check_documents(self, numbers: NDArray[np.int64]) -> None:
+        """Documents by their number in stream order."""
+        bounds = np.cumsum([0, *(shard.documents for shard in self.manifest.shards)])
+        index = self.root.documents()
+        wanted: list[Document] = []
+        for shard in range(len(self.manifest.shards)):
+            rows = numbers[(numbers >= bounds[shard]) & (numbers < bounds[shard + 1])] - bounds[shard]
+            if len(rows):
+                wanted += [Document(**row) for row in index.sidecar(shard).take(rows).to_pylist()]
+        stream = self.root.tokens()
+        for document, tokens in self._encoded(wanted):
+            if self._check_length(document, len(tokens)):
+                end = min(document.start + document.tokens, stream.tokens)
+                self._compare(document, tokens[: end - document.start], stream.read(document.start, end))
+
+    def _check_length(self, document: Document, found: int) -> bool:
+        name = layout.documents_name(document.start // self.manifest.recipe.shard_size)
+        position = f"{document.source} row {document.row}"
+        return self.job.same(name, position, "tokens of a document", expected=found, found=document.tokens)
+
+    def _compare(self, document: Document, expected: NDArray[np.uint32], found: NDArray[np.uint32]) -> None:
+        differs = np.flatnonzero(expected != found)
+        if len(differs):
+            at = int(differs[0])
+            self.job.require(
+                False,
+                self._file_of(document.start + at),
+                f"token {document.start + at} of the stream",
+                f"token {at} of {document.source} row {document.row}",
+                expected=int(expected[at]),
+                found=int(found[at]),
+            )
+
+    def _file_of(self, token: int) -> str:
+        if self.job.has_tokens_file:
+            return layout.TOKENS
+        return layout.shard_name(token // self.manifest.recipe.shard_size)
+
+    def _encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """Return tokens of texts, EOS included."""
+        ids, offsets = self.engine.encode(pa.array(texts, pa.large_string()))
+        return [
+            np.append(ids[offsets[i] : offsets[i + 1]], np.uint32(self.tokenizer.eos_id)) for i in range(len(texts))
+        ]
+
+    def _encoded(self, documents: list[Document]) -> Iterator[tuple[Document, NDArray[np.uint32]]]:
+        """Yield documents with their tokens, read and encoded again, file by file and row group by row group."""
+        by_file: dict[str, dict[int, Document]] = defaultdict(dict)
+        for document in documents:
+            by_file[document.source][document.row] = document
+        for source, rows in sorted(by_file.items()):
+            for row, text in self._texts(source, sorted(rows)):
+                if self.job.require(
+                    bool(text), source, f"row {row}", "has text", expected="a document", found="no text"
+                ):
+                    yield rows[row], self._encode([text or ""])[0]
+
+    def _texts(self, source: str, rows: Sequence[int]) -> Iterator[tuple[int, str | None]]:
+        """Yield the text of ascending rows of a source file, read in the plainest way there is."""
+        file = next((file for file in self.corpus.files if file.path == source), None)
+        name = self.corpus.name_of(source)
+        if file is None:
+            raise SourceError(f"{name}: the file is gone", next_step="restore the file")
+        wanted = set(rows)
+        last = rows[-1]
+        opened = self.corpus.location.open(file)
+        try:
+            with pa.PythonFile(opened, "r") if isinstance(opened, RemoteFile) else pa.OSFile(str(opened)) as data:
+                for row, value in enumerate(read_values(data, source, self.corpus, wanted)):
+                    if row in wanted:
+                        yield row, value
+                    if row >= last:
+                        return
+        except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+            raise SourceError(f"{name}: cannot be read: {first_line(error)}", next_step="restore the file") from None
+
+    def rebuild(self, shard: int) -> None:
+        """Make a shard again from the source: the order by itself, then the text of its rows."""
+        record = self.manifest.shards[shard]
+        begin = shard * self.manifest.recipe.shard_size
+        end = begin + record.tokens
+        name = layout.documents_name(shard)
+        documents = self.root.documents().between(begin, end)
+        emitted = self._emitted(shard)
+        with_text = {(document.source, document.row) for document in documents}
+        without_text = [row for row in emitted if row not in with_text]
+        ours = [row for row in emitted if row in with_text]
+        theirs = [(document.source, document.row) for document in documents]
+        differs = next((i for i, both in enumerate(zip(ours, theirs, strict=False)) if both[0] != both[1]), None)
+        if differs is None and len(ours) != len(theirs):
+            differs = min(len(ours), len(theirs))
+        if differs is not None:
+            expected, found = (rows[differs] if differs < len(rows) else "none" for rows in (ours, theirs))
+            where = f"document {differs} of those in {layout.shard_name(shard)}"
+            self.job.require(False, name, where, "source row in the recipe's order", expected=expected, found=found)
+            return
+        self._check_without_text(without_text)
+        with tempfile.TemporaryFile() as scratch:
+            scratch.truncate(record.tokens * self.job.dtype.itemsize)
+            made = np.memmap(scratch, self.job.dtype, "r+", shape=(record.tokens,))
+            for document, tokens in self._encoded(documents):
+                if not self._check_length(document, len(tokens)):
+                    return
+                first, last = max(begin, document.start), min(end, document.start + document.tokens)
+                made[first - begin : last - begin] = tokens[first - document.start : last - document.start]
+            header = shard_header(self.job.dtype, record.tokens)
+            found_digest = hashlib.sha256(header)
+            found_digest.update(made.data)
+        what = "sha256 of the shard rebuilt"
+        name = layout.shard_name(shard)
+        self.job.same(name, "the file", what, expected=found_digest.hexdigest(), found=record.sha256)
+
+    def _emitted(self, shard: int) -> list[tuple[str, int]]:
+        """Return the source rows that the order emits from the shard's first token to its last."""
+        recipe, files = self.manifest.recipe, self.manifest.files
+        first = self.manifest.shards[shard - 1].next_cursor.position if shard else 0
+        cursor = self.manifest.shards[shard].next_cursor
+        end = cursor.position + (cursor.offset > 0)
+        order = row_order(recipe.order, seed=recipe.seed, buffer_size=recipe.buffer_size)
+        sequence = file_order(len(files), kind=recipe.order, seed=recipe.seed).tolist()
+        # The file that the stream ends in, if it is read front to back, was not read to its end: as long as need be.
+        counts = {index: _ENDLESS if (rows := files[index].rows) is None else rows for index in sequence}
+        starts = np.cumsum([0, *(counts[index] for index in sequence[: self._reached(sequence)])])
+        pieces: list[NDArray[np.int64]] = []
+        done = 0
+
+        def take(rows: NDArray[np.int64]) -> None:
+            nonlocal done
+            pieces.append(rows[max(0, first - done) : max(0, end - done)])
+            done += len(rows)
+
+        for index in sequence:
+            at = 0
+            while at < counts[index] and done < end:
+                take(order.push(min(_ORDER_ROWS, counts[index] - at)))
+                at += _ORDER_ROWS
+            if done >= end:
+                break
+        else:
+            take(order.finish())
+        rows = np.concatenate(pieces)
+        file = np.searchsorted(starts, rows, side="right") - 1
+        return [(files[sequence[f]].path, int(row)) for f, row in zip(file.tolist(), rows - starts[file], strict=True)]
+
+    def _reached(self, sequence: list[int]) -> int:
+        """Return how many files, in reading order, the stream can have come to: up to the first that has no end."""
+        files = self.manifest.files
+        return next((n + 1 for n, index in enumerate(sequence) if files[index].rows is None), len(sequence))
+
+    def _check_without_text(self, rows: list[tuple[str, int]]) -> None:
+        """Rows that became no document must have no text."""
+        by_file: dict[str, list[int]] = defaultdict(list)
+        for source, row in rows:
+            by_file[source].append(row)
+        for source, wanted in by_file.items():
+            for row, text in self._texts(source, sorted(wanted)):
+                self.job.require(
+                    not text, source, f"row {row}", "became no document", expected="no text", found=f"{text!r:.60}"
+                )

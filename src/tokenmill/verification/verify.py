@@ -1,0 +1,96 @@
+"""Verify, stage 7: a data root against its own records. Reads only; shares no code with what wrote the bytes.
+
+What the records mean is specified in `docs/format.md`; everything is computed again from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.dataroot import layout
+from tokenmill.errors import DataRootError
+from tokenmill.options import OnBytes, StoreOptions, available_cores
+from tokenmill.redact import escape_surrogates
+from tokenmill.verification.deep import verify_deep
+from tokenmill.verification.documents import DocumentChecks
+from tokenmill.verification.findings import Checked, Finding, VerifyRun
+from tokenmill.verification.records import RecordChecks
+from tokenmill.verification.tokens import TokenChecks
+
+
+class Verification(msgspec.Struct, kw_only=True):
+    """What a verification found."""
+
+    root: str
+    checked: list[Checked]
+    findings: list[Finding]
+    nbytes: int
+    """Read."""
+    seconds: float
+    elsewhere: dict[str, str] = {}
+    """Files that are not here on purpose, by name, and the store that has them: they were not looked at."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+
+def verify(
+    root: Path | str,
+    *,
+    quick: bool = False,
+    deep: int | None = None,
+    dataset: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
+    workers: int | None = None,
+    on_progress: OnBytes = lambda done, total: None,
+) -> Verification:
+    """Compare every byte of a finished data root with what its records say.
+
+    Args:
+        root: the data root.
+        quick: only sizes, headers, and whether the records agree with themselves.
+        deep: also encode so many documents of the source again, and rebuild one shard from it.
+        dataset: where the corpus is now, for `deep`; None: where the recipe says.
+        tokenizer: where the tokenizer is now, likewise.
+        store: how to reach a corpus that is not local.
+        workers: threads; None takes every core.
+        on_progress: called with bytes read and bytes to read.
+
+    Raises:
+        DataRootError: nothing is recorded of the data root, or a record cannot be read.
+        SourceError, TokenizerError: `deep` needs the corpus or the tokenizer, and cannot have it.
+    """
+    started = time.monotonic()
+    job = VerifyRun(Path(root), workers=workers or available_cores(), on_progress=on_progress)
+    RecordChecks(job).check()
+    if not quick:
+        TokenChecks(job).check()
+        DocumentChecks(job).check()
+    if deep and job.elsewhere:
+        name, where = next(iter(job.elsewhere.items()))
+        raise DataRootError(
+            f"{root}: a part of a data set cannot be compared with the source: {name} is not here but in {where} "
+            f"({len(job.elsewhere)} such files)",
+            next_step="download the rest, or verify without --deep",
+        )
+    if deep and job.manifest is not None:
+        verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer, store=store)
+    elif deep:
+        raise DataRootError(
+            f"{root}: expected {layout.MANIFEST}, found none: its source is not known",
+            next_step="verify it without --deep",
+        )
+    return Verification(
+        root=escape_surrogates(root),
+        checked=job.checked,
+        findings=job.findings,
+        nbytes=job.done_nbytes,
+        seconds=round(time.monotonic() - started, 3),
+        elsewhere=dict(sorted(job.elsewhere.items())),
+    )

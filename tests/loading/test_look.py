@@ -1,0 +1,260 @@
+"""Look: info, show, where and stats say what the slow way says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import tokenizers
+
+from conftest import run_cli, write_parquet
+from support.reference import documents
+from tokenmill import errors
+from tokenmill.cli.demo import TOKENIZER
+from tokenmill.dataroot import manifest
+from tokenmill.loading import info as infos
+from tokenmill.loading import provenance
+from tokenmill.loading import stats as statistics
+from tokenmill.pipeline.pretokenize import pretokenize
+from tokenmill.recipe import Recipe
+from tokenmill.shards.consolidate import consolidate
+
+EOS = 2
+
+
+class Made:
+    """A data root in one of its forms, and its documents as the slow way makes them."""
+
+    def __init__(self, root: Path, recipe: Recipe, form: str) -> None:
+        self.root, self.form = root, form
+        self.seq_len = recipe.seq_len
+        pretokenize(recipe, root, consolidated=form == "straight")
+        if form == "both":
+            consolidate(root)
+        order = {"order": recipe.order, "buffer_size": recipe.buffer_size, "seed": recipe.seed}
+        self.documents = list(documents(Path(recipe.dataset), TOKENIZER / "tokenizer.json", EOS, False, **order))
+        self.stream = [token for _, _, tokens in self.documents for token in tokens]
+        self.samples = len(self.stream) // self.seq_len
+
+
+@pytest.fixture(params=["shards", "both", "straight"])
+def made(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> Made:
+    write_parquet(corpus / "long.parquet", ["one document over several shards " * 300, "short"])
+    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), buffer_size=40, shard_size=1_000, seed=3, seq_len=64)
+    return Made(tmp_path / "out", recipe, request.param)
+
+
+def test_where_every_sample_comes_from(made: Made) -> None:
+    owner = [(name, row, at) for name, row, tokens in made.documents for at in range(len(tokens))]
+    for sample in range(made.samples):
+        place = provenance.where_sample(made.root, sample)
+        begin, end = sample * made.seq_len, (sample + 1) * made.seq_len
+        assert (place.begin, place.end) == (begin, end)
+        found = [
+            (part.source, part.row, part.document_begin + i)
+            for part in place.documents
+            for i in range(part.end - part.begin)
+        ]
+        assert found == owner[begin:end]
+        assert (place.sample_id is None) is (made.form == "shards")
+
+
+def test_where_a_token_and_where_a_row(made: Made) -> None:
+    start = 0
+    for name, row, tokens in made.documents[:: max(1, len(made.documents) // 25)]:
+        start = next(
+            at
+            for at in range(start, len(made.stream))
+            if made.stream[at : at + len(tokens)] == tokens
+            and provenance.where_token(made.root, at).documents[0].document_begin == 0
+        )
+        [part] = provenance.where_token(made.root, start).documents
+        assert (part.source, part.row, part.document_begin, part.document_tokens) == (name, row, 0, len(tokens))
+        found = provenance.where_row(made.root, name, row)
+        assert (found.begin, found.end) == (start, start + len(tokens))
+        whole = range(start // made.seq_len, (start + len(tokens) - 1) // made.seq_len + 1)
+        assert found.samples == [sample for sample in whole if sample < made.samples]
+    last = provenance.where_token(made.root, len(made.stream) - 1)
+    assert last.sample == (made.samples - 1 if len(made.stream) % made.seq_len == 0 else None)
+
+
+def test_show_gives_the_text(made: Made) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+    for sample in range(0, made.samples, 7):
+        shown = provenance.show(made.root, sample)
+        ids = made.stream[sample * made.seq_len : (sample + 1) * made.seq_len]
+        assert [token.id for token in shown.tokens] == ids
+        at = 0
+        for part in shown.place.documents:
+            size = part.end - part.begin
+            text = "".join(token.text for token in shown.tokens[at : at + size])
+            expected = tokenizer.decode(ids[at : at + size], skip_special_tokens=False)
+            assert text.rstrip("\ufffd") == expected.rstrip("\ufffd")  # a character cut off shows as it is
+            at += size
+        assert at == made.seq_len
+
+
+def test_stats(made: Made) -> None:
+    figures = statistics.stats(made.root)
+    counts = Counter(made.stream)
+    assert (figures.tokens, figures.distinct_ids) == (len(made.stream), len(counts))
+    assert (figures.id_min, figures.id_max) == (min(counts), max(counts))
+    assert figures.id_mean == pytest.approx(np.mean(made.stream))
+    assert [token.count for token in figures.top] == [count for _, count in counts.most_common(20)]
+    assert all(counts[token.id] == token.count and token.name for token in figures.top)
+    lengths = [len(tokens) for _, _, tokens in made.documents]
+    assert figures.documents == len(lengths)
+    assert figures.document_tokens["50"] == pytest.approx(np.median(lengths))
+    assert figures.document_tokens["100"] == max(lengths)
+    by_source: Counter[str] = Counter()
+    for name, _, tokens in made.documents:
+        by_source[name] += len(tokens)
+    assert figures.tokens_by_source == dict(by_source)
+    assert (figures.duplicates is None) is (made.form == "shards")
+
+
+def test_info(made: Made) -> None:
+    found = infos.info(made.root)
+    state = manifest.load(made.root)
+    assert found.complete
+    assert (
+        found.stored_as
+        == {"shards": ["shards"], "both": ["shards", "tokens.bin"], "straight": ["tokens.bin"]}[made.form]
+    )
+    assert (found.tokens, found.documents) == (len(made.stream), len(made.documents))
+    assert [shard.sha256 for shard in found.shards] == [shard.sha256 for shard in state.shards]
+    assert found.ledger == state.ledger
+    printed = run_cli("info", made.root).stdout
+    for word in (state.fingerprint, state.tokenizer.sha256, state.shards[0].sha256, "a.parquet", "gigatoken", "seed 3"):
+        assert word in printed
+    fields = json.loads(run_cli("info", made.root, "--json").stdout)
+    assert fields["recipe"]["seed"] == 3
+    if made.form != "shards":
+        assert fields["consolidated"]["tokens_sha256"] in printed
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> Path:
+    """Samples 0, 2 and 4 are the same text, 1 and 3 too."""
+    texts = ["alpha beta gamma", "one two three"] * 2 + ["alpha beta gamma"]
+    write_parquet(tmp_path / "corpus" / "a.parquet", texts)
+    tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+    lengths = {len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts}
+    size = max(lengths) + 1
+    words = {
+        text: text + " x" * (size - 1 - len(tokenizer.encode(text, add_special_tokens=False).ids)) for text in texts
+    }
+    write_parquet(tmp_path / "corpus" / "a.parquet", [words[text] for text in texts])
+    recipe = Recipe(dataset=str(tmp_path / "corpus"), tokenizer=str(TOKENIZER), order="sequential", seq_len=size)
+    pretokenize(recipe, tmp_path / "out", consolidated=True)
+    return tmp_path / "out"
+
+
+def test_the_same_text_twice(twice: Path) -> None:
+    same = statistics.stats(twice).duplicates
+    assert (same.ids, same.samples, same.first) == (2, 3, [[0, 2, 4], [1, 3]])
+    places = provenance.where_sample_id(twice, provenance.where_sample(twice, 2).sample_id)
+    assert [place.sample for place in places] == [0, 2, 4]
+    assert "2 sample ids occur more than once, 3 samples too many" in run_cli("stats", twice).stdout
+
+
+def test_ids_without_tokens_are_not_duplicates(twice: Path) -> None:
+    tokens = manifest.load(twice).tokens
+    consolidate(twice, seq_len=2, id_scheme="templar-v1" if tokens % 2 == 0 else None)
+    same = statistics.stats(twice).duplicates
+    assert same.without_tokens == (tokens // 2 - tokens // 4 if tokens % 2 == 0 else 0)
+
+
+def test_what_is_not_there_is_told(made: Made) -> None:
+    with pytest.raises(errors.QueryError, match=rf"sample {made.samples}: the data set has {made.samples} samples"):
+        provenance.where_sample(made.root, made.samples)
+    with pytest.raises(errors.QueryError, match="the data set has"):
+        provenance.where_token(made.root, len(made.stream))
+    with pytest.raises(errors.QueryError, match=r"not a source file of this data set, .* such as a\.parquet"):
+        provenance.where_row(made.root, "z.parquet", 0)
+    with pytest.raises(errors.QueryError, match=r"row 3 of a\.parquet, which has 120 rows, is in no sample"):
+        provenance.where_row(made.root, "a.parquet", 3)
+    if made.form == "shards":
+        with pytest.raises(errors.DataRootError, match="it has no sample ids"):
+            provenance.where_sample_id(made.root, "00")
+    else:
+        for wrong in ("not hex", "f" * 17):
+            with pytest.raises(errors.QueryError, match="expected up to 16 hexadecimal digits"):
+                provenance.where_sample_id(made.root, wrong)
+        with pytest.raises(errors.QueryError, match="no sample has the id"):
+            provenance.where_sample_id(made.root, "0123456789abcdef")
+
+
+def test_bare_shards(tmp_path: Path) -> None:
+    """Downloaded without a manifest: what can be told is, what cannot says why."""
+    root = tmp_path / "root"
+    root.mkdir()
+    np.save(root / "train_000000.npy", np.arange(1_000, dtype=np.uint16))
+    with pytest.raises(errors.DataRootError, match="found neither"):
+        infos.info(root)
+    consolidate(root, seq_len=100)
+    assert infos.info(root).stored_as == ["shards", "tokens.bin"]
+    figures = statistics.stats(root)
+    assert (figures.distinct_ids, figures.documents, figures.duplicates.ids) == (1_000, None, 0)
+    result = run_cli("where", root, "--sample", 3)
+    assert (result.returncode, "where its tokens come from is not known" in result.stderr) == (5, True)
+    assert run_cli("info", root).returncode == 0
+    assert "1,000 different" in run_cli("stats", root).stdout
+
+
+def test_unfinished_and_torn_roots(made: Made) -> None:
+    path = made.root / ("tokens.bin" if made.form != "shards" else "train_000001.npy")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(errors.DataRootError, match=r"expected \d+ bytes, found"):
+        provenance.where_sample(made.root, 1)
+    path.unlink()
+    with pytest.raises(errors.DataRootError, match="is missing"):
+        statistics.stats(made.root)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, recipe: Recipe) -> None:
+    import shutil
+
+    shutil.copytree(TOKENIZER, tmp_path / "t")
+    pretokenize(msgspec.structs.replace(recipe, tokenizer=str(tmp_path / "t"), seq_len=64), tmp_path / "out")
+    with (tmp_path / "t" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(errors.TokenizerError, match="is not the one that made"):
+        provenance.show(tmp_path / "out", 0)
+    assert statistics.stats(tmp_path / "out").top[0].name is None
+
+
+def test_command_line(made: Made) -> None:
+    shown = run_cli("show", made.root, "--sample", 2).stdout
+    assert re.search(r"^sample 2(, id \w{16})?: tokens 128 to 191 of the stream$", shown, re.MULTILINE)
+    assert "│" in shown
+    assert re.search(r"── \S+\.parquet row \d+, tokens? [\d,]+", shown)
+    ids = run_cli("show", made.root, "--sample", 2, "--ids").stdout
+    assert len(re.findall(r"^ +1[2-9]\d +\d+  '", ids, re.MULTILINE)) == 64
+    where = run_cli("where", made.root, "--sample", 2).stdout
+    assert where.startswith("sample 2")
+    fields = json.loads(run_cli("where", made.root, "--sample", 2, "--json").stdout)
+    assert fields[0]["begin"] == 128
+    back = run_cli(
+        "where", made.root, "--source", fields[0]["documents"][0]["source"], "--row", fields[0]["documents"][0]["row"]
+    )
+    assert "samples" in back.stdout
+    assert json.loads(run_cli("show", made.root, "--sample", 2, "--json").stdout)
+    assert json.loads(run_cli("stats", made.root, "--json").stdout)["tokens"] == len(made.stream)
+    for wrong in ([], ["--sample", 1, "--token", 2], ["--source", "a.parquet"], ["--row", 1]):
+        result = run_cli("where", made.root, *wrong)
+        assert (result.returncode, "give one of" in result.stderr) == (2, True)
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "corpus" / "a.parquet", ["\x1b[2J\x07bad\rtext " * 30])
+    recipe = Recipe(dataset=str(tmp_path / "corpus"), tokenizer=str(TOKENIZER), seq_len=32)
+    pretokenize(recipe, tmp_path / "out")
+    shown = run_cli("show", tmp_path / "out", "--sample", 1).stdout
+    assert not set(shown) & set("\x1b\x07\r")
+    assert "\\x1b" in shown
