@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -78,7 +79,9 @@ def throughput(corpus: Path, tokenizer: str, rounds: int) -> tuple[float, float]
                 larger,
                 folder / f"store-{count}",
                 engine=engine,
-                show=lambda progress, waiting=waiting: waiting.append(float(_IN_STORE.search(progress.cluster)[1])),
+                on_progress=lambda progress, waiting=waiting: waiting.append(
+                    float(_IN_STORE.search(progress.cluster)[1])
+                ),
             )
             rate = summary.tokens / summary.seconds / 1e6
             used = shutil.disk_usage("/dev/shm").used / 1e6
@@ -99,9 +102,18 @@ class NoEngine:
 
     workers, memory_nbytes = 64, 1 << 60
 
+    def share(self, value: object) -> None:
+        """Keep nothing."""
+
+    def describe(self) -> str:
+        return ""
+
+    def drop(self) -> None:
+        """Nothing is under way."""
+
     def submit(self, task: Any, /, *args: Any) -> Future[Any]:
-        from tokenmill.manifest import ShardRecord
-        from tokenmill.tasks import MadeShard, ShardPlan
+        from tokenmill.dataroot.manifest import ShardRecord
+        from tokenmill.pipeline.tasks import MadeShard, ShardPlan
 
         plan = next(arg for arg in args if isinstance(arg, ShardPlan))
         pickle.dumps(plan, protocol=5)  # as it would be sent
@@ -116,18 +128,18 @@ DRIVER = "import sys; sys.path.insert(0, sys.argv[1]); import cluster; cluster.d
 
 def drive(documents: int) -> None:
     """The driver's loop over made-up spans: 1,000 tokens a document, shards of 1 Gi tokens, a buffer of 10,000 rows."""
-    from tokenmill.driver import Driver, Site
-    from tokenmill.encode import EncodedSpan
-    from tokenmill.engine import Kept
-    from tokenmill.locations import SourceFile
-    from tokenmill.manifest import FileRecord, Manifest, TokenizerRecord
+    from tokenmill.corpus.corpus import Corpus
+    from tokenmill.corpus.location import SourceFile
+    from tokenmill.corpus.reader import Span
+    from tokenmill.dataroot.manifest import FileRecord, Manifest, TokenizerRecord
+    from tokenmill.encoding.encoder import EncodedBatch
     from tokenmill.options import StoreOptions
-    from tokenmill.source import Corpus
-    from tokenmill.spans import Span
-    from tokenmill.supply import Supplied, _PlannedFile
-    from tokenmill.task_writer import TaskWriter
-    from tokenmill.tasks import Target
-    from tokenmill.writer import Recorder
+    from tokenmill.pipeline.cluster import ClusterExecutor, _PlannedFile
+    from tokenmill.pipeline.driver import Driver
+    from tokenmill.pipeline.executor import EncodingResult
+    from tokenmill.pipeline.tasks import SPAN_TEXT_NBYTES, TaskContext
+    from tokenmill.shards.pack import RemoteTokens
+    from tokenmill.shards.recorder import Recorder
 
     rows = 10_000
     rng = np.random.default_rng(0)
@@ -140,35 +152,34 @@ def drive(documents: int) -> None:
         recipe=recipe, fingerprint="", tokenizer=tokenizer, software={}, files=[FileRecord(n, 1) for n in names]
     )
 
-    class Supply:
-        workers = 64
+    class Executor(ClusterExecutor):
+        """Makes up what the tasks would return."""
 
-        def open(self, indices: Any) -> Iterator[Any]:
-            for index in indices:
-                yield index, _PlannedFile(names[index], [Span(0, rows, 0)])
+        def open_files(self, files: Any) -> Iterator[Any]:
+            for index in files:
+                yield index, _PlannedFile(names[index], [Span(0, rows, 0, SPAN_TEXT_NBYTES)])
 
-        def submit(self, file: int, source: Any, span: Span) -> Future[Supplied]:
-            done: Future[Supplied] = Future()
-            encoded = EncodedSpan(np.empty(0, np.uint16), lengths.copy(), np.zeros(rows, np.uint8), 0, 0, {})
-            done.set_result(Supplied(encoded, Kept(object(), int(lengths.sum()) * 2)))
+        def encode(self, batch: Any) -> Future[EncodingResult]:
+            done: Future[EncodingResult] = Future()
+            encoded = EncodedBatch(np.empty(0, np.uint16), lengths.copy(), np.zeros(rows, np.uint8), 0, 0, {})
+            done.set_result(EncodingResult(encoded, RemoteTokens(object(), int(lengths.sum()) * 2)))
             return done
 
-    class Location:
-        class retrier:  # noqa: N801
-            count = 0
-
+    location = types.SimpleNamespace(name="-", retries=0)
     with tempfile.TemporaryDirectory() as root:
-        target = Target(Path(root), "uint16", tuple(names), 1 << 30, False, None, StoreOptions(), True)
-        recorder = Recorder(Path(root), manifest)
-        engine = NoEngine()
-        writer = TaskWriter(manifest, engine, None, target, recorder, tokens_file=None, made=lambda made: None)
-        site = Site(Supply(), writer, 16_384, lambda: None, lambda n: True, lambda: False, lambda n: "")
-        corpus = Corpus(Location(), tuple(SourceFile(name, 1) for name in names), "text", None)
-        driver = Driver(corpus, manifest, site, first=0, end=None, show=lambda progress: None)
+        corpus = Corpus(location, tuple(SourceFile(name, 1) for name in names), "text", None)
+        encoder = types.SimpleNamespace(dtype=np.dtype("uint16"))
+        context = TaskContext(
+            corpus, encoder, "error", None, Path(root), 1 << 30, False, None, StoreOptions(), keep_local=False
+        )
+        executor = Executor(context, manifest, NoEngine(), Recorder(Path(root), manifest))
+        driver = Driver(
+            files, manifest, executor, first=0, end=None, batch_rows=rows, on_progress=lambda progress: None
+        )
         began = time.process_time()
         driver.start()
         driver.run()
-        writer.close()
+        executor.finish()
         spent = time.process_time() - began
         driver.close()
         peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import statistics
 import struct
@@ -26,10 +27,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from tokenmill import layout, manifest
-from tokenmill.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, ShardRecord, TokenizerRecord
+from tokenmill.dataroot import layout, manifest
+from tokenmill.dataroot.manifest import Count, Cursor, FileLedger, FileRecord, Manifest, ShardRecord, TokenizerRecord
 from tokenmill.recipe import Recipe
 
 SEQ_LEN = 2048
@@ -92,25 +92,30 @@ def original(root: Path, out: Path) -> None:
         print(sha256.hexdigest())
 
 
+def own_nbytes(pid: int) -> int:
+    """Memory of a process and its children, without mapped files, which are not their own."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", (proc / "status").read_text())
+        children = " ".join(path.read_text() for path in proc.glob("task/*/children")).split()
+    except OSError:  # it has ended
+        return 0
+    return (int(found[1]) * 1024 if found else 0) + sum(own_nbytes(int(child)) for child in children)
+
+
 class Peak:
     """Most memory that a process and its children had at once, looked at rarely: looking costs a core's time."""
 
     def __init__(self, pid: int) -> None:
         self.nbytes = 0
-        self._process = psutil.Process(pid)
+        self._pid = pid
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._done.wait(0.3):
-            try:
-                family = [self._process, *self._process.children(recursive=True)]
-                # Mapped files are not the process's own memory.
-                own = sum(info.rss - getattr(info, "shared", 0) for info in (p.memory_info() for p in family))
-            except psutil.Error:
-                continue
-            self.nbytes = max(self.nbytes, own)
+            self.nbytes = max(self.nbytes, own_nbytes(self._pid))
 
     def stop(self) -> int:
         self._done.set()

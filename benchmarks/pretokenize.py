@@ -17,12 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from processes import run_measured
 
 SHARD_TOKENS = 1 << 24
 WAYS = ("tokenmill", "script", "usual", "engine")
@@ -38,7 +39,11 @@ def script(files: list[str], tokenizer: str, out: str) -> int:
     )
     flat = np.asarray(documents.layout.content.data)
     ends = np.asarray(documents.layout.offsets.data)[1:]
-    tokens = np.insert(flat, ends, 2).astype(np.uint16)
+    ends = ends + np.arange(len(ends))
+    tokens = np.full(len(flat) + len(ends), 2, np.uint16)
+    is_text = np.ones(len(tokens), np.bool_)
+    is_text[ends] = False
+    tokens[is_text] = flat
     for number, at in enumerate(range(0, len(tokens), SHARD_TOKENS)):
         np.save(f"{out}/train_{number:06d}.npy", tokens[at : at + SHARD_TOKENS])
     return len(tokens)
@@ -98,17 +103,17 @@ def engine(files: list[str], tokenizer: str, _: str) -> tuple[int, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tokenmill.allocator import keep_freed_memory
-    from tokenmill.encode_gigatoken import GigatokenEngine
-    from tokenmill.source import SPAN_TEXT_NBYTES
-    from tokenmill.tokenizer import load_tokenizer
+    from tokenmill.encoding.gigatoken import GigatokenBackend
+    from tokenmill.encoding.tokenizer import load_tokenizer
+    from tokenmill.pipeline.allocator import keep_freed_memory
+    from tokenmill.pipeline.driver import BATCH_NBYTES
 
     keep_freed_memory()
-    fast = GigatokenEngine(load_tokenizer(tokenizer))
+    fast = GigatokenBackend(load_tokenizer(tokenizer))
     spans = []
     for file in files:
         text = pq.read_table(file, columns=["text"])["text"].cast(pa.large_string()).combine_chunks()
-        rows = -(-len(text) // max(1, round(text.nbytes / SPAN_TEXT_NBYTES)))
+        rows = -(-len(text) // max(1, round(text.nbytes / BATCH_NBYTES)))
         spans += [text.slice(at, rows) for at in range(0, len(text), rows)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -124,19 +129,10 @@ def measure(way: str, files: list[str], corpus: str, tokenizer: str) -> dict:
             line += ["--tokenizer", tokenizer, "--shard-size", str(SHARD_TOKENS), "--json"]
         else:
             line = [sys.executable, __file__, "--only", way, "--tokenizer", tokenizer, "--out", out, *files]
-        os.sync()  # nobody pays for another's unwritten pages
-        begin = time.perf_counter()
-        run = subprocess.Popen(line, stdout=subprocess.PIPE)
-        printed = run.stdout.read()
-        _, status, usage = os.wait4(run.pid, 0)
-        run.returncode = status
-        seconds = time.perf_counter() - begin
-        if status:
-            raise SystemExit(f"{way} failed")
+        seconds, peak, printed = run_measured(line)
         result = json.loads(printed)
         seconds = result.get("engine_seconds", seconds)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"rate": result["tokens"] / seconds / 1e6, "seconds": seconds, "peak_gb": peak / 1e9}
+        return {"rate": result["tokens"] / seconds / 1e6, "seconds": seconds, "peak_gb": peak}
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def main() -> None:
 
 def edit_documents(root: Path) -> None:
     """Let the manifest say what the sidecars, empty here, are."""
-    from tokenmill import manifest
+    from tokenmill.dataroot import manifest
 
     made = manifest.load(root)
     for shard in made.shards:
