@@ -287,9 +287,9 @@ def test_a_file_that_changes_while_it_is_sent(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "data" / "x.bin").write_bytes(b"first")
     put = s3.Bucket.put
 
-    def slow(self: s3.Bucket, key: str, data: bytes) -> str:
+    def slow(self: s3.Bucket, key: str, data: bytes, md5: str) -> str:
         (tmp_path / "data" / "x.bin").write_bytes(b"other")
-        return put(self, key, data)
+        return put(self, key, data, md5)
 
     monkeypatch.setattr(s3.Bucket, "put", slow)
     with listening(bucket()) as url:

@@ -220,7 +220,7 @@ def free_port() -> int:
 def moto() -> Iterator[str]:
     """The endpoint of moto's S3 server, in a process of its own, with a bucket `bucket`."""
     port = free_port()
-    line = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    line = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strict_s3.py")), "127.0.0.1", str(port)]
     smaller = os.environ | {"S3_UPLOAD_PART_MIN_SIZE": "1024"}  # parts of 5 MB would make slow tests
     with _process(line, port, smaller) as endpoint:
         s3_client(endpoint).create_bucket(Bucket="bucket")

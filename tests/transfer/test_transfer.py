@@ -27,7 +27,7 @@ from tokenmill.options import StoreOptions
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.remote import http, retry, s3
-from tokenmill.remote.etag import ETagHasher
+from tokenmill.remote.etag import ETagHasher, md5_etag
 from tokenmill.transfer import download as downloads
 from tokenmill.transfer import upload as uploads
 from tokenmill.transfer.download import bring as download
@@ -292,10 +292,10 @@ def test_a_begun_upload_is_gone_on_with_and_others_are_aborted(server: str, root
     key = "begun-up/tokens.bin"
     whole = (root / "tokens.bin").read_bytes()
     foreign = there.bucket.begin_upload(key)
-    there.bucket.put_part(key, foreign, 1, bytes(3_000))
+    there.bucket.put_part(key, foreign, 1, bytes(3_000), md5_etag(bytes(3_000)))
     begun = there.bucket.begin_upload(key)
-    there.bucket.put_part(key, begun, 2, whole[2_048:4_096])
-    there.bucket.put_part(key, begun, 3, bytes(2_048))  # not what the file has there
+    there.bucket.put_part(key, begun, 2, whole[2_048:4_096], md5_etag(whole[2_048:4_096]))
+    there.bucket.put_part(key, begun, 3, bytes(2_048), md5_etag(bytes(2_048)))  # not what the file has there
     moved = {each.path: each.moved_nbytes for each in upload(root, there).files}
     assert moved["tokens.bin"] == len(whole) - 2_048
     assert bucket(server, "begun-up") == contents(root)

@@ -6,7 +6,10 @@ A file of its own, which takes minutes of waiting: the test run begins with it.
 from __future__ import annotations
 
 import random
+import re
 import shutil
+import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +96,46 @@ def test_uploads_through_random_faults_are_right_or_fail(server: str, root: Path
         return failed
 
     each_schedule(server, attempt)
+
+
+class LateWire(Proxy):
+    """The first request to store a manifest arrives damaged, and only once it is told to; all others arrive at once."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.release = threading.Event()
+        self.arrived = threading.Event()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        while is_request and (data := source.recv(16_384)):
+            if b"manifest.json" in data and data.startswith(b"PUT ") and not self.faults:
+                self.faults.append("late")
+                head, _, body = data.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                assert length
+                while len(body) < int(length[1]):
+                    body += source.recv(16_384)
+                self.release.wait(30)
+                sink.sendall(head + b"\r\n\r\n" + body[:-1] + b"x")
+                sink.recv(100)  # the answer, which nobody waits for
+                self.arrived.set()
+                return
+            sink.sendall(data)
+        super()._pump(source, sink, is_request)
+
+
+def test_a_damaged_request_that_arrives_late_changes_nothing(server: str, root: Path) -> None:
+    """The client gave it up, tried again, and found all in order; then it came through."""
+    wire = LateWire(server)
+    try:
+        upload(root, store(wire.url, "late"))
+        assert bucket(server, "late") == contents(root)
+        wire.release.set()
+        assert wire.arrived.wait(30)
+        assert wire.faults == ["late"]
+        assert bucket(server, "late") == contents(root)
+    finally:
+        wire.close()
 
 
 def test_downloads_through_random_faults_are_right_or_fail(server: str, root: Path, tmp_path: Path) -> None:

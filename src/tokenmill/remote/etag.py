@@ -6,6 +6,7 @@ it without quotes, in upper case, or as a weak one; here all are written one way
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Iterable
@@ -34,6 +35,11 @@ def same(first: str, second: str) -> bool:
 def md5_etag(data: bytes | bytearray | memoryview) -> str:
     """Return the ETag of an object stored whole, or of a part, where the store makes it of the bytes (most do)."""
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+
+
+def content_md5(etag: str) -> str:
+    """Return what `md5_etag` made as the header `Content-MD5` (RFC 1864) writes it."""
+    return base64.b64encode(bytes.fromhex(etag.strip('"'))).decode()
 
 
 def parts_etag(etags: list[str]) -> str:

@@ -126,9 +126,21 @@ class Bucket:
         etag = found.etag if self._is_canonical else f"W/{found.etag}"  # compared with the answer's, not asked for
         return self._http.read(url, offset, nbytes, total=found.nbytes, etag=etag, into=into)[0]
 
-    def put(self, key: str, data: bytes) -> str:
-        """Store a whole object; its ETag."""
-        return etags.canonical(self._http.put(self.sign("put_object", Key=key), data))
+    def put(self, key: str, data: bytes, md5: str) -> str:
+        """Store a whole object; its ETag.
+
+        Args:
+            key: of the object.
+            data: its bytes.
+            md5: of the bytes, as `etag.md5_etag` writes it. The store refuses other bytes that reach it under this
+                request, also where it is late and another try has long succeeded.
+        """
+        return self._put("put_object", data, md5, Key=key)
+
+    def _put(self, operation: str, data: bytes, md5: str, **parameters: object) -> str:
+        digest = etags.content_md5(md5)
+        url = self.sign(operation, ContentMD5=digest, **parameters)
+        return etags.canonical(self._http.put(url, data, {"Content-MD5": digest}))
 
     def delete(self, key: str) -> None:
         self._tried(lambda: self.client.delete_object(Bucket=self.name, Key=key))
@@ -178,10 +190,9 @@ class Bucket:
         found = [UploadedPart(each["PartNumber"], each["Size"], self._etag(each)) for each in page.get("Parts", ())]
         return found, bool(page["IsTruncated"])
 
-    def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
-        """Send a part; its ETag."""
-        signed = self.sign("upload_part", Key=key, UploadId=upload, PartNumber=number)
-        return etags.canonical(self._http.put(signed, data))
+    def put_part(self, key: str, upload: str, number: int, data: bytes, md5: str) -> str:
+        """Send a part; its ETag. `md5` as in `put`."""
+        return self._put("upload_part", data, md5, Key=key, UploadId=upload, PartNumber=number)
 
     def complete_upload(self, key: str, upload: str, parts: list[UploadedPart]) -> str:
         """Make the parts an object; its ETag."""

@@ -310,11 +310,11 @@ class Sender:
     def _send_whole(self, file: StoredFile, sha256: str | None) -> tuple[str, int]:
         data = self._read(file, 0, file.nbytes)
         self._refuse_damaged(file, sha256, hashlib.sha256(data).hexdigest())
-        key = self._store.key(file.path)
+        key, md5 = self._store.key(file.path), md5_etag(data)
 
         def put() -> str:
-            etag = self._store.bucket.put(key, data)
-            if etag != md5_etag(data) and not self._holds(S3Object(key, len(data), etag), data):
+            etag = self._store.bucket.put(key, data, md5)
+            if etag != md5 and not self._holds(S3Object(key, len(data), etag), data):
                 raise TransientError("other bytes arrived than were sent")
             return etag
 
@@ -400,7 +400,7 @@ class Sender:
         def put() -> str:
             if self._stopped:
                 raise StorageError(f"{path}: stopped", next_step="run the same command again")
-            etag = self._store.bucket.put_part(key, upload, number, data)
+            etag = self._store.bucket.put_part(key, upload, number, data, md5)
             # Twice: the store makes its ETags of something else, and the whole is read back at the end.
             if etag != md5 and not others:
                 others.append(etag)
