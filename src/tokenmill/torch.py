@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,8 @@ from tokenmill.loading.dataset import ShardSamples
 
 try:
     import torch
-    from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
+    from torch.utils.data import DataLoader, Dataset, get_worker_info
+    from torch.utils.data._utils.collate import default_collate_fn_map
 except ImportError as error:
     raise ImportError(
         "tokenmill.torch needs PyTorch, which is not installed; run: pip install 'tokenmill[torch]'"
@@ -67,8 +69,8 @@ class TokenDataset(Dataset[torch.Tensor]):
         return _widened(self.data[index], self.dtype)
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        """Return a batch, gathered at once: the rows of one tensor."""
-        return list(self[indices].unbind(0))
+        """Return the samples of a batch, gathered at once, for a `DataLoader`."""
+        return _Rows(self.data[indices], self.dtype)
 
     def sample_id(self, index: int) -> int:
         """Return the id of a sample."""
@@ -97,24 +99,47 @@ def loader(
         drop_last: leave out a last batch that is short.
     """
     return DataLoader(
-        _Batches(dataset),
-        batch_size=None,
-        sampler=BatchSampler(sampler, batch_size, drop_last),
+        dataset,
+        batch_size,
+        sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        drop_last=drop_last,
     )
 
 
-class _Batches(Dataset[Any]):
-    """Batches by their indices, for a `DataLoader` that is not to collate."""
+class _First(torch.Tensor):
+    """The first sample of a batch that was gathered at once; it tells PyTorch's own collate function how to go on.
 
-    def __init__(self, dataset: TokenDataset | SharedShardedDataset) -> None:
-        self._dataset = dataset
+    That looks up what to do with a batch by the type of its first sample. Whatever is made of one is a plain tensor.
+    """
 
-    def __getitem__(self, indices: list[int]) -> torch.Tensor | _Gathered:
-        if get_worker_info() is None:
-            return self._dataset[indices]
-        return _Gathered(self._dataset.data[indices], self._dataset.dtype)
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+
+class _Rows(list[torch.Tensor]):
+    """The samples of a batch, gathered at once: the rows of one tensor, which is the batch."""
+
+    def __init__(self, tokens: NDArray[Any], dtype: torch.dtype) -> None:
+        self._tokens = tokens
+        self._batch = _widened(tokens, dtype)
+        super().__init__(self._batch.unbind(0))
+        if self:
+            self[0] = self[0].as_subclass(_First)
+        self._gathered = list(self)
+
+    def collated(self) -> torch.Tensor | _Gathered:
+        """Return the batch, shape `(len(self), seq_len)`: without another copy, unless a sample was exchanged."""
+        if len(self) != len(self._gathered) or any(map(operator.is_not, self, self._gathered)):
+            return torch.stack(self)
+        return self._batch if get_worker_info() is None else _Gathered(self._tokens, self._batch.dtype)
+
+
+def _collate_rows(rows: list[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor | _Gathered:
+    return rows.collated() if isinstance(rows, _Rows) else torch.stack(rows)
+
+
+default_collate_fn_map[_First] = _collate_rows
 
 
 class _Gathered:
@@ -215,8 +240,8 @@ class SharedShardedDataset(Dataset[torch.Tensor]):
         return _widened(self._samples[index], self.dtype)
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        """Return a batch, gathered at once: the rows of one tensor."""
-        return list(self[indices].unbind(0))
+        """Return the samples of a batch, gathered at once, for a `DataLoader`."""
+        return _Rows(self.data[indices], self.dtype)
 
     @property
     def sample_ids(self) -> torch.Tensor:

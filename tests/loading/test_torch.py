@@ -17,7 +17,7 @@ from support.data_roots import SEQ_LEN, consolidated, shards, without_records  #
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tokenmill[torch]'")
 
-from torch.utils.data import BatchSampler, DataLoader  # noqa: E402
+from torch.utils.data import BatchSampler, DataLoader, default_collate  # noqa: E402
 
 from tokenmill import EpochSampler, errors  # noqa: E402
 from tokenmill import TokenDataset as NumPyDataset  # noqa: E402
@@ -33,7 +33,7 @@ def root(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, None])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["loader", "DataLoader", "batch sampler"])
+@pytest.mark.parametrize("how", ["loader", "DataLoader", "own collate function", "batch sampler"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_batches(root: Path, dtype: torch.dtype | None, workers: int, how: str) -> None:
     dataset, plain = TokenDataset(root, dtype=dtype), NumPyDataset(root)
@@ -42,6 +42,8 @@ def test_batches(root: Path, dtype: torch.dtype | None, workers: int, how: str) 
         batches = loader(dataset, sampler, batch_size=16, num_workers=workers, drop_last=False)
     elif how == "DataLoader":
         batches = DataLoader(dataset, 16, sampler=sampler, num_workers=workers)
+    elif how == "own collate function":
+        batches = DataLoader(dataset, 16, sampler=sampler, num_workers=workers, collate_fn=torch.stack)
     else:
         chosen = BatchSampler(sampler, 16, drop_last=False)
         batches = DataLoader(dataset, batch_size=None, sampler=chosen, num_workers=workers)
@@ -59,6 +61,11 @@ def test_samples_have_memory_of_their_own(root: Path) -> None:
     rows = dataset.__getitems__([3, 1, 2])
     assert torch.equal(torch.stack(rows), batch)
     assert rows[1].data_ptr() == rows[0].data_ptr() + rows[0].nbytes  # gathered once
+    assert default_collate(rows).data_ptr() == rows[0].data_ptr()  # and not copied again
+    assert type(torch.stack(rows)) is type(rows[0] + 1) is torch.Tensor
+    assert torch.equal(default_collate(rows[:2]), batch[:2])
+    rows[1] = rows.pop()
+    assert torch.equal(default_collate(rows), batch[[0, 2]])
     assert torch.equal(dataset[3], batch[0])
     assert dataset[-1].tolist() == plain[-1].tolist()
     assert dataset.sample_id(3) == plain.sample_id(3)
