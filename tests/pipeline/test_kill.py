@@ -24,7 +24,7 @@ KILLS = 26
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kill") / "corpus"
     source = Path(hashlib.__file__).parent
-    texts = [path.read_text("utf-8", "replace") for path in sorted(source.glob("*.py"))] * 2
+    texts = [path.read_text("utf-8", "replace")[:9_000] for path in sorted(source.glob("*.py"))] * 2
     for number in range(4):
         part = [None if i % 50 == 7 else text for i, text in enumerate(texts[number::4])]
         write_parquet(root / f"{number}.parquet", part, row_group_size=10)
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(corpus: Path, root: Path) -> list[str]:
-    recipe = ["--dataset", corpus, "--tokenizer", TOKENIZER, "--buffer-size", 60, "--shard-size", 100_000]
+    recipe = ["--dataset", corpus, "--tokenizer", TOKENIZER, "--buffer-size", 60, "--shard-size", 30_000]
     return command("pretokenize", root, *recipe, "--quiet")
 
 
@@ -108,6 +108,6 @@ def test_kill_then_library_call(corpus: Path, whole: tuple[dict[str, str], float
         time.sleep(0.005)
     run.kill()
     run.wait()
-    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), buffer_size=60, shard_size=100_000)
+    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), buffer_size=60, shard_size=30_000)
     pretokenize(recipe, tmp_path / "out", workers=3, span_rows=4)
     assert digests(tmp_path / "out") == whole[0]

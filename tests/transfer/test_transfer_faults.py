@@ -36,7 +36,7 @@ AT_ONCE = 4
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small, as it travels four hundred times."""
-    return make_root(tmp_path_factory.mktemp("made"), documents=90, shard_size=5_000)
+    return make_root(tmp_path_factory.mktemp("made"), documents=40, shard_size=3_000)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -81,8 +82,12 @@ class RunInputs(NamedTuple):
 
     def software(self) -> dict[str, str]:
         """Return the versions that the manifest records."""
-        names = ("tokenmill", "numpy", "pyarrow", "tokenizers")
-        return {name: version(name) for name in names} | {"engine": self.encoder.backend.version}
+        return _versions() | {"engine": self.encoder.backend.version}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("tokenmill", "numpy", "pyarrow", "tokenizers")}
 
 
 class Job(NamedTuple):
