@@ -161,7 +161,8 @@ def drive(documents: int) -> None:
 
         def encode(self, batch: Any) -> Future[EncodingResult]:
             done: Future[EncodingResult] = Future()
-            encoded = EncodedBatch(np.empty(0, np.uint16), lengths.copy(), np.zeros(rows, np.uint8), 0, 0, {})
+            flags, hashes = np.zeros(rows, np.uint8), np.zeros(rows, np.uint64)
+            encoded = EncodedBatch(np.empty(0, np.uint16), lengths.copy(), flags, hashes, 0, 0, {})
             done.set_result(EncodingResult(encoded, RemoteTokens(object(), int(lengths.sum()) * 2)))
             return done
 

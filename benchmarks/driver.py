@@ -31,7 +31,8 @@ def main() -> None:
     batch_rows = max(1, BATCH_TOKENS // arguments.tokens)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 2 * arguments.tokens, batch_rows)
-    batch = EncodedBatch(np.zeros(lengths.sum(), np.uint16), lengths, np.zeros(batch_rows, np.uint8), 0, 0, {})
+    flags, hashes = np.zeros(batch_rows, np.uint8), np.zeros(batch_rows, np.uint64)
+    batch = EncodedBatch(np.zeros(lengths.sum(), np.uint16), lengths, flags, hashes, 0, 0, {})
     order, buffer = BufferOrder(10_000, 42), ReorderBuffer()
     position = taken = 0
     driver = writer = 0.0

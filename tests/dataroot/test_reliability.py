@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -389,6 +390,34 @@ def test_a_field_too_many_or_too_few_is_refused(made: Path, tmp_path: Path) -> N
     assert (result.returncode, "Traceback" in result.stderr) == (5, False)
 
 
+def test_a_data_root_keeps_the_sidecars_it_was_begun_with(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the time before `text_xxh3` goes on without, and verifies; a new one has it."""
+
+    def columns(root: Path) -> set[tuple[str, ...]]:
+        return {tuple(pq.read_schema(path).names) for path in root.glob("documents_*.parquet")}
+
+    settings_ = {"on_bad_rows": "skip"}
+    older = ("start", "tokens", "source", "row")
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "DOCUMENTS_VERSION", 1)
+        pretokenize(recipe(made), tmp_path / "whole", **settings_)
+        pretokenize(recipe(made), tmp_path / "root", **settings_)
+    sidecars = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("documents_*.parquet")}
+    for path in [*(tmp_path / "root").glob("*_00000[1-9]*")]:
+        path.unlink()
+    fields = json.loads((tmp_path / "root" / "manifest.json").read_text())
+    del fields["documents_version"], fields["digests"]
+    (tmp_path / "root" / "manifest.json").write_text(json.dumps(fields | {"version": 1}))
+    assert pretokenize(recipe(made), tmp_path / "root", **settings_).remade
+    assert columns(tmp_path / "root") == {older}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "root").glob("documents_*.parquet")} == sidecars
+    assert verify(tmp_path / "root").passed
+    pretokenize(recipe(made), tmp_path / "new", **settings_)
+    assert columns(tmp_path / "new") == {(*older, "text_xxh3")}
+
+
 def test_records_of_version_1_are_read_and_written_anew(made: Path, tmp_path: Path) -> None:
     """As data roots of yesterday have them."""
     root = copied(made, tmp_path)
@@ -403,7 +432,7 @@ def test_records_of_version_1_are_read_and_written_anew(made: Path, tmp_path: Pa
     manifest.save(root, state)
     manifest.save_consolidated(root, record)
     assert verify(root).passed
-    assert json.loads((root / "manifest.json").read_text())["version"] == 2
+    assert json.loads((root / "manifest.json").read_text())["version"] == 3
 
 
 JSON = st.recursive(

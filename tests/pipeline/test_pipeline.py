@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,9 +146,11 @@ def check_against_reference(recipe: Recipe, corpus: Path, root: Path) -> None:
     assert len(list(root.glob("train_*.npy"))) == -(-len(stream) // recipe.shard_size)
 
     start, rows = 0, []
+    text_of = {path: pq.read_table(corpus / path)["text"].to_pylist() for path in {name for name, _, _ in expected}}
     for name, row, tokens in expected:
         if start < len(stream):
-            rows.append({"start": start, "tokens": len(tokens), "source": name, "row": row})
+            hashed = xxhash.xxh3_64_intdigest(text_of[name][row].encode())
+            rows.append({"start": start, "tokens": len(tokens), "source": name, "row": row, "text_xxh3": hashed})
         start += len(tokens)
     assert sidecar(root).to_pylist() == rows
 
@@ -156,7 +159,7 @@ def check_against_reference(recipe: Recipe, corpus: Path, root: Path) -> None:
     assert (done.tokens, done.documents) == (len(stream), len(rows))
     written = Counter(row["source"] for row in rows)
     for entry in done.ledger:
-        texts = pq.read_table(corpus / entry.path)["text"].to_pylist()
+        texts = text_of.get(entry.path) or pq.read_table(corpus / entry.path)["text"].to_pylist()
         assert entry.documents == written[entry.path]
         assert entry.rows == entry.documents + entry.null + entry.empty + entry.unused
         if len(stream) != recipe.total_tokens:

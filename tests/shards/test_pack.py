@@ -48,7 +48,14 @@ def test_what_is_gathered_are_the_tokens_of_the_parts(
     tokens = np.arange(length.sum(), dtype=np.uint16)
     zeros, batch = np.zeros(len(length), np.int64), np.arange(len(length)) % batches
     block = EmittedRows(
-        [tokens] * batches, batch, np.cumsum(length) - length, length, zeros.astype(np.uint8), zeros, zeros
+        [tokens] * batches,
+        batch,
+        np.cumsum(length) - length,
+        length,
+        zeros.astype(np.uint8),
+        zeros,
+        zeros,
+        zeros.astype(np.uint64),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "GATHER_TOKENS", at_once)
@@ -67,9 +74,10 @@ def test_window_gives_back_every_row_and_lets_go_of_spans(spans: list[list[int]]
     for file, lengths in enumerate(spans):
         length = np.array(lengths, np.int64)
         tokens = np.arange(length.sum(), dtype=np.uint16) + 100 * file
+        hashes = np.uint64(2**64 - 1) - np.arange(first_row, first_row + len(length), dtype=np.uint64)
         window.add(
             np.array([[first_row], [file], [5]]),
-            EncodedBatch(tokens, length, np.zeros(len(length), np.uint8), 0, 0, {}),
+            EncodedBatch(tokens, length, np.zeros(len(length), np.uint8), hashes, 0, 0, {}),
             pending=len(length),
         )
         ends = np.cumsum(length)
@@ -85,5 +93,6 @@ def test_window_gives_back_every_row_and_lets_go_of_spans(spans: list[list[int]]
             start, span = int(block.start[i]), block.batches[block.batch[i]]
             found = span[start : start + int(block.length[i])].tolist()
             assert (int(block.file[i]), int(block.row[i]), found) == expected[row]
+            assert int(block.text_xxh3[i]) == 2**64 - 1 - row
     assert len(window) == 0
     assert window.nbytes == 0

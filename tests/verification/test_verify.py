@@ -182,6 +182,14 @@ def drop_document(root: Path) -> None:
     edit(lambda m: m["shards"][1].update(documents_sha256=digest))(root)
 
 
+def _named(table: pa.Table, name: bytes) -> pa.Table:
+    """The sidecar with one source file of a name that no text could be."""
+    bounds = pa.py_buffer(np.array([0, len(name)], np.int32))
+    names = pa.StringArray.from_buffers(1, bounds, pa.py_buffer(name))
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), names)
+    return table.set_column(2, "source", column)
+
+
 def last(root: Path) -> int:
     return len(manifest.load(root).shards) - 1
 
@@ -377,7 +385,7 @@ def test_unreadable_records_are_told(roots: dict[str, Path], tmp_path: Path, wha
     if what == "a broken manifest":
         path.write_bytes(path.read_bytes()[:-20])
     else:
-        path.write_text(path.read_text().replace('"version": 2', '"version": 9', 1))
+        path.write_text(path.read_text().replace('"version": 3', '"version": 9', 1))
     result = run_cli("verify", root)
     assert (result.returncode, "manifest.json: " in result.stderr) == (5, True)
     (root / "manifest.json").unlink()
@@ -406,6 +414,9 @@ ABSURD: dict[str, Callable[[Path], None]] = {
     "no values": lambda root: pq.write_table(
         pa.table({"start": [None], "tokens": [None], "source": [None], "row": [None]}),
         root / "documents_000001.parquet",
+    ),
+    "names that are not UTF-8": lambda root: pq.write_table(
+        _named(pq.read_table(root / "documents_000001.parquet"), b"\xe2a.parquet"), root / "documents_000001.parquet"
     ),
     "an empty sidecar": lambda root: (root / "documents_000001.parquet").write_bytes(b""),
     "an empty manifest": lambda root: (root / "manifest.json").write_bytes(b""),
@@ -500,6 +511,18 @@ def test_deep_finds_forged_provenance(roots: dict[str, Path], tmp_path: Path) ->
     assert verify(root).passed
     result = verify(root, deep=10_000)
     assert any(f.file == "documents_000001.parquet" and "row" in f.position for f in result.findings), result.findings
+
+
+def test_deep_finds_a_forged_hash(roots: dict[str, Path], tmp_path: Path) -> None:
+    """A text hash in the sidecar is not that of the text; a data root of another version of sidecars is refused."""
+    root = tmp_path / "root"
+    shutil.copytree(roots["shards"], root)
+    sidecar(1, "text_xxh3", 3, lambda v: v ^ 1)(root)
+    assert verify(root).passed
+    result = verify(root, deep=10_000)
+    assert ("documents_000001.parquet", "text_xxh3") in [(f.file, f.what) for f in result.findings]
+    edit(lambda m: m.update(documents_version=1))(root)
+    assert any(f.file == "documents_000001.parquet" for f in verify(root).findings)
 
 
 def test_deep_finds_another_order(roots: dict[str, Path], tmp_path: Path, corpus: Path) -> None:

@@ -19,9 +19,10 @@ from tokenmill.errors import DataRootError
 from tokenmill.options import LARGEST_COUNT
 from tokenmill.recipe import Positive, Recipe
 
-VERSION = 2
+VERSION = 3
 _OLDEST = 1
-"""Records of version 1 carry no digests of their fields; they are read, and become version 2 when next written."""
+"""Records of version 1 carry no digests of their fields, those of version 2 no `documents_version`; they are read, and
+become version 3 when next written."""
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_COUNT)]
 
@@ -147,6 +148,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Rows without text after the last document."""
     ledger: list[FileLedger] = []
     """Set when the data set is complete."""
+    documents_version: Annotated[int, msgspec.Meta(ge=1, le=layout.DOCUMENTS_VERSION)] = 1
+    """Of the documents sidecars; see `layout.DOCUMENTS_VERSION`."""
     skipped_sha256: str | None = None
     """SHA-256 of `skipped.jsonl`, set when the data set is complete and has one."""
     digests: dict[str, str] = {}

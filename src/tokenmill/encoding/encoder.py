@@ -26,6 +26,7 @@ from tokenmill.dataroot.layout import smallest_dtype
 from tokenmill.dataroot.npy import TokenArray, token_dtype
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend, refuse_fatal
 from tokenmill.encoding.long_documents import LONG_NBYTES, Cut, cut_document
+from tokenmill.encoding.text_hash import text_hashes
 from tokenmill.encoding.tokenizer import TokenizerFile
 from tokenmill.errors import AuditError, SourceError, TokenizerError
 from tokenmill.options import OnBadRows
@@ -114,6 +115,8 @@ class EncodedBatch(NamedTuple):
     """Tokens of each row, EOS included, shape `(rows,)`; 0 where the row yields no document."""
     flags: NDArray[np.uint8]
     """NULL, EMPTY, SPECIAL or BAD of each row, shape `(rows,)`."""
+    text_xxh3: NDArray[np.uint64]
+    """XXH3-64 of the text of each row, shape `(rows,)`; 0 where the row yields no document."""
     text_nbytes: int
     audited: int
     """Documents the reference backend encoded as well."""
@@ -249,8 +252,10 @@ class Encoder:
         tokens, counts, audited = zip(*encoded, strict=True)
         lengths = np.zeros(len(strings), np.int64)
         lengths[rows] = np.concatenate(counts)
+        hashes = np.zeros(len(strings), np.uint64)
+        hashes[rows] = text_hashes(documents)
         joined = tokens[0] if len(tokens) == 1 else cast(TokenArray, np.concatenate(tokens))
-        return EncodedBatch(joined, lengths, flags, strings.nbytes, sum(audited), bad)
+        return EncodedBatch(joined, lengths, flags, hashes, strings.nbytes, sum(audited), bad)
 
     def _runs(self, documents: pa.LargeStringArray) -> Iterator[tuple[int, int, bool]]:
         """Yield the bounds of runs of documents that are encoded together, and whether it is one that is cut."""

@@ -13,20 +13,12 @@ from numpy.typing import NDArray
 
 from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import Manifest
+from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.errors import DataRootError
 
 _VERIFY = "run tokenmill verify on the data root"
 STARTS_NBYTES = 1 << 30
 """Size of the starts that are cached, 8 bytes a document; beyond it the least recently used shards are read again."""
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-    ]
-)
 
 
 class Document(NamedTuple):
@@ -37,6 +29,8 @@ class Document(NamedTuple):
     tokens: int
     source: str
     row: int
+    text_xxh3: int | None = None
+    """XXH3-64 of its text; None where the sidecar has none."""
 
 
 class DocumentIndex:
@@ -48,6 +42,7 @@ class DocumentIndex:
         self._root = root
         self._shards = manifest.shards
         self._shard_size = manifest.recipe.shard_size
+        self._schema = documents_schema(manifest.documents_version)
         self._read: tuple[int, pa.Table] | None = None
         self._starts: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
@@ -103,7 +98,7 @@ class DocumentIndex:
         return None
 
     def sidecar(self, shard: int) -> pa.Table:
-        """Return the documents that start in a shard: `start`, `tokens`, `source`, `row`."""
+        """Return the documents that start in a shard, in the columns of `dataroot.sidecar`."""
         if self._read is None or self._read[0] != shard:
             self._read = shard, self._table(shard)
         return self._read[1]
@@ -112,13 +107,15 @@ class DocumentIndex:
         path = self._root / layout.documents_name(shard)
         if not path.is_file():
             raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
-        schema = _SCHEMA if columns is None else pa.schema([_SCHEMA.field(name) for name in columns])
+        schema = self._schema if columns is None else pa.schema([self._schema.field(name) for name in columns])
         try:
             with path.open("rb") as file:  # Arrow opens no path that is not UTF-8
                 # Threads of its own would outlive an error, and end the process with an abort.
                 how = {"use_threads": False, "pre_buffer": False}
                 table = pq.read_table(file, columns=columns, filters=filters, **how)
-            return table.cast(schema).unify_dictionaries()
+            table = table.cast(schema).unify_dictionaries()
+            table.validate(full=True)  # damage can leave names that are not UTF-8
         except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
             what = str(error).splitlines()[0]
             raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None
+        return table

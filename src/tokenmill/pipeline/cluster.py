@@ -215,7 +215,8 @@ class ClusterExecutor:
     def _submit(self, index: int, next_cursor: Cursor) -> None:
         tokens = self._manifest.recipe.shard_tokens(index)
         expected = self._manifest.expected(index)
-        plan = ShardPlan(index, tokens, self._parts, self._counts, next_cursor, expected)
+        version = self._manifest.documents_version
+        plan = ShardPlan(index, tokens, self._parts, self._counts, next_cursor, expected, version)
         sources = [source for _, source in self._sources.values()]
         made = self._engine.submit(tasks.write_shard, self._shared, plan, *(source.reference for source in sources))
         self._shard_tasks.append(_ShardTask(made, sum(source.nbytes for source in sources)))

@@ -78,6 +78,7 @@ class RunInputs(NamedTuple):
             source_rules=RULES,
             notes=self.notes,
             source_revision=self.corpus.location.revision,
+            documents_version=layout.DOCUMENTS_VERSION,
         )
 
     def software(self) -> dict[str, str]:

@@ -223,7 +223,15 @@ class ThreadExecutor:
         else:
             header = npy.npy_header(self._encoder.dtype, tokens)
             sink = FileSink(self._root / layout.shard_name(index), header)
-        shard = ShardWriter(self._root, index, sink, tokens=tokens, dtype=self._encoder.dtype, paths=self._paths)
+        shard = ShardWriter(
+            self._root,
+            index,
+            sink,
+            tokens=tokens,
+            dtype=self._encoder.dtype,
+            paths=self._paths,
+            documents_version=self._manifest.documents_version,
+        )
         self._unfinished.append(shard)
         shard.count(self._counts)
         self._counts.clear()

@@ -199,6 +199,8 @@ class ShardPlan(NamedTuple):
     next_cursor: Cursor
     expected: ShardRecord | None
     """What the shard was when it was made before."""
+    documents_version: int
+    """Of its sidecar."""
 
 
 class MadeShard(NamedTuple):
@@ -227,6 +229,7 @@ def write_shard(shared: PackedContext, plan: ShardPlan, *tokens: TokenArray) -> 
             tokens=plan.tokens,
             dtype=context.encoder.dtype,
             paths=pa.array([file.path for file in context.corpus.files], pa.string()),
+            documents_version=plan.documents_version,
             temp_suffix=temp_suffix,
         )
         try:

@@ -46,6 +46,8 @@ class EmittedRows(NamedTuple):
     """Index of the source file in path order."""
     row: NDArray[np.int64]
     """Row in that file."""
+    text_xxh3: NDArray[np.uint64]
+    """XXH3-64 of its text; 0 for a row that yields no document."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -64,11 +66,12 @@ class EmittedRows(NamedTuple):
             self.flags[begin:end],
             self.file[begin:end],
             self.row[begin:end],
+            self.text_xxh3[begin:end],
         )
 
     def pointing(self, batches: list[Tokens], batch: NDArray[np.int64]) -> EmittedRows:
         """Return the same rows, pointing into other batches."""
-        return EmittedRows(batches, batch, self.start, self.length, self.flags, self.file, self.row)
+        return EmittedRows(batches, batch, self.start, self.length, self.flags, self.file, self.row, self.text_xxh3)
 
     def gather(self, skip: int, tokens: int) -> Iterator[TokenArray]:
         """Yield the rows' tokens, in order, from token `skip` on, `tokens` in all; all batches are here.

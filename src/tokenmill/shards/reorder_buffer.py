@@ -22,10 +22,10 @@ class ReorderBuffer:
         self._batches = np.empty((2, 0), np.int64)
         # Of each span: first row (of all), source file, row there.
         self._spans = np.empty((3, 0), np.int64)
-        # Of each row from `_base` on: start in its span, length, flags; with room for more.
+        # Of each row from `_base` on: start in its batch, length, flags, hash of its text; with room for more.
         self._base = 0
         self._used = 0
-        self._rows = np.empty((1024, 3), np.int64)
+        self._rows = np.empty((1024, 4), np.int64)
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -56,6 +56,7 @@ class ReorderBuffer:
         self._rows[begin:end, 0] = np.cumsum(encoded.lengths) - encoded.lengths
         self._rows[begin:end, 1] = encoded.lengths
         self._rows[begin:end, 2] = encoded.flags
+        self._rows[begin:end, 3] = encoded.text_xxh3.view(np.int64)
         self._used = end
         self._batches = np.hstack([self._batches, [[first_row], [pending]]])
         self._spans = np.hstack([self._spans, spans])
@@ -67,7 +68,7 @@ class ReorderBuffer:
         if rows <= len(self._rows):
             return
         live = self._rows[: self._used]
-        self._rows = np.empty((2 * rows, 3), np.int64)
+        self._rows = np.empty((2 * rows, 4), np.int64)
         self._rows[: self._used] = live
 
     def take(self, rows: NDArray[np.int64]) -> EmittedRows:
@@ -76,9 +77,11 @@ class ReorderBuffer:
         first_rows, files, file_rows = self._spans
         batch = np.searchsorted(batches, rows, side="right") - 1
         span = np.searchsorted(first_rows, rows, side="right") - 1
-        start, length, flags = np.ascontiguousarray(self._rows.take(rows - self._base, axis=0).T)
+        start, length, flags, xxh3 = np.ascontiguousarray(self._rows.take(rows - self._base, axis=0).T)
         file_row = rows - (first_rows - file_rows)[span]
-        block = EmittedRows(self._tokens, batch, start, length, flags.astype(np.uint8), files[span], file_row)
+        block = EmittedRows(
+            self._tokens, batch, start, length, flags.astype(np.uint8), files[span], file_row, xxh3.view(np.uint64)
+        )
         left -= np.bincount(batch, minlength=len(left))
         if not left.all():
             self._let_go(left > 0)

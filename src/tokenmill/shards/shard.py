@@ -17,19 +17,12 @@ from numpy.typing import NDArray
 from tokenmill.dataroot import layout, npy
 from tokenmill.dataroot.atomic import write_whole
 from tokenmill.dataroot.manifest import Count, Cursor, ShardRecord
+from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.encoding.encoder import BAD, EMPTY, NULL, SPECIAL
 from tokenmill.errors import SourceChangedError
 from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.token_sink import TokenSink
 
-_DOCUMENTS_SCHEMA = pa.schema(
-    {
-        "start": pa.int64(),
-        "tokens": pa.int64(),
-        "source": pa.dictionary(pa.int32(), pa.string()),
-        "row": pa.int64(),
-    }
-)
 DOCUMENTS_ROW_GROUP = 1 << 18
 
 
@@ -43,6 +36,7 @@ class ShardWriter:
         tokens: the shard's size if it is full; the last one may end with less.
         dtype: of a token.
         paths: names of the source files, by index.
+        documents_version: of the sidecar.
         temp_suffix: as of `atomic.AtomicFile`, for the sidecar.
     """
 
@@ -55,6 +49,7 @@ class ShardWriter:
         tokens: int,
         dtype: npy.TokenDType,
         paths: pa.Array,
+        documents_version: int,
         temp_suffix: str = "",
     ) -> None:
         self.index = index
@@ -62,7 +57,7 @@ class ShardWriter:
         self._expected = tokens
         self._dtype = dtype
         self._tokens = 0
-        self._documents = Documents(root / layout.documents_name(index), paths, temp_suffix)
+        self._documents = Documents(root / layout.documents_name(index), paths, documents_version, temp_suffix)
         self._ledger: dict[int, Count] = {}
         self._sha256 = hashlib.sha256(npy.npy_header(dtype, tokens))
 
@@ -89,7 +84,9 @@ class ShardWriter:
     def _note_documents(self, rows: EmittedRows, first_start: int, skip_first: bool) -> None:
         starts = first_start + np.cumsum(rows.length) - rows.length
         found = np.flatnonzero(rows.length > 0)[int(skip_first) :]
-        self._documents.append(starts[found], rows.length[found], rows.file[found], rows.row[found])
+        hashes = rows.text_xxh3.view(np.int64)
+        columns = (starts, rows.length, rows.row, hashes, rows.file)
+        self._documents.append(np.stack([column[found] for column in columns]))
 
     def finish(self, next_cursor: Cursor, expected: ShardRecord | None) -> ShardRecord:
         """Publish the sidecar, then the shard; its record.
@@ -126,33 +123,41 @@ class ShardWriter:
 class Documents:
     """Writes the documents sidecar; memory holds one row group and the compressed rest."""
 
-    def __init__(self, path: Path, paths: pa.Array, temp_suffix: str = "") -> None:
+    def __init__(self, path: Path, paths: pa.Array, version: int, temp_suffix: str = "") -> None:
         self._path = path
         self._tag = temp_suffix
         self._paths = paths
         self._sink = pa.BufferOutputStream()
-        self._writer = pq.ParquetWriter(self._sink, _DOCUMENTS_SCHEMA, compression="zstd")
+        self._schema = documents_schema(version)
+        how: dict[str, object] = {"compression": "zstd"}
+        if version > 1:  # hashes neither repeat nor compress
+            how = {
+                "compression": {field.name: "none" if field.name == "text_xxh3" else "zstd" for field in self._schema},
+                "use_dictionary": ["source"],
+            }
+        stored = pa.schema([field.with_nullable(True) for field in self._schema])
+        self._writer = pq.ParquetWriter(self._sink, stored, **how)
         self._waiting: list[NDArray[np.int64]] = []
         self._waiting_rows = 0
         self.count = 0
 
-    def append(
-        self, start: NDArray[np.int64], tokens: NDArray[np.int64], file: NDArray[np.int64], row: NDArray[np.int64]
-    ) -> None:
-        """Note documents, arrays of shape `(documents,)`."""
-        self._waiting.append(np.stack([start, tokens, file, row]))
-        self.count += len(start)
-        self._waiting_rows += len(start)
+    def append(self, documents: NDArray[np.int64]) -> None:
+        """Note documents: start, tokens, row, hash and source file of each, shape `(5, documents)`."""
+        self._waiting.append(documents)
+        self.count += documents.shape[1]
+        self._waiting_rows += documents.shape[1]
         while self._waiting_rows >= DOCUMENTS_ROW_GROUP:
             self._write(DOCUMENTS_ROW_GROUP)
 
     def _write(self, rows: int) -> None:
         """Write the first `rows` documents that wait: where row groups end must not depend on blocks."""
         waiting = np.hstack(self._waiting)
-        start, tokens, file, row = waiting[:, :rows]
+        start, tokens, row, hashes, file = waiting[:, :rows]
         used, index = np.unique(file, return_inverse=True)
         source = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), self._paths.take(pa.array(used)))
-        self._writer.write_table(pa.table([start, tokens, source, row], schema=_DOCUMENTS_SCHEMA), row_group_size=rows)
+        columns = {"start": start, "tokens": tokens, "source": source, "row": row, "text_xxh3": hashes.view(np.uint64)}
+        table = pa.table({name: columns[name] for name in self._schema.names}).cast(self._writer.schema)
+        self._writer.write_table(table, row_group_size=rows)
         self._waiting = [waiting[:, rows:]]
         self._waiting_rows -= rows
 

@@ -21,6 +21,7 @@ from tokenmill.corpus.order import file_order, row_order
 from tokenmill.corpus.reader import first_line
 from tokenmill.dataroot import layout
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend
+from tokenmill.encoding.text_hash import bytes_hash
 from tokenmill.encoding.tokenizer import TokenizerFile, load_tokenizer
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
@@ -173,7 +174,15 @@ class DeepRun:
                 if self.job.require(
                     bool(text), source, f"row {row}", "has text", expected="a document", found="no text"
                 ):
+                    self._check_hash(rows[row], text or "")
                     yield rows[row], self._encode([text or ""])[0]
+
+    def _check_hash(self, document: Document, text: str) -> None:
+        if document.text_xxh3 is not None:
+            name = layout.documents_name(document.start // self.manifest.recipe.shard_size)
+            position = f"{document.source} row {document.row}"
+            found = bytes_hash(text.encode())
+            self.job.same(name, position, "text_xxh3", expected=found, found=document.text_xxh3)
 
     def _texts(self, source: str, rows: Sequence[int]) -> Iterator[tuple[int, str | None]]:
         """Yield the text of ascending rows of a source file, read in the plainest way there is."""

@@ -21,6 +21,7 @@ _SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
+_WITH_TEXT_XXH3 = _SCHEMA.append(pa.field("text_xxh3", pa.uint64(), nullable=False))
 
 
 class DocumentChecks(Checks):
@@ -38,6 +39,7 @@ class DocumentChecks(Checks):
     def _check_documents(self, manifest: Manifest) -> None:
         paths = {file.path: index for index, file in enumerate(manifest.files)}
         counted = np.zeros(len(manifest.files), np.int64)
+        schema = _WITH_TEXT_XXH3 if manifest.documents_version > 1 else _SCHEMA
         expected_start: int | None = 0
         """None: not known, because the sidecar before is not here, or not readable."""
         for shard in manifest.shards:
@@ -50,7 +52,8 @@ class DocumentChecks(Checks):
             try:
                 # Arrow opens no path that is not UTF-8, and threads of its own would outlive an error.
                 with path.open("rb") as file:
-                    table = pq.ParquetFile(file).read(use_threads=False).cast(_SCHEMA)
+                    table = pq.ParquetFile(file).read(use_threads=False).cast(schema)
+                table.validate(full=True)  # damage can leave names that are not UTF-8
                 start, tokens, row = (table[column].to_numpy() for column in ("start", "tokens", "row"))
                 source = table["source"].unify_dictionaries().combine_chunks()
             except (pa.ArrowException, ValueError, OSError) as error:
