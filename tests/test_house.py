@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "src" / "tokenmill"
 LAYERS = (
     "cli",
     "ray | torch",
-    "pipeline | verification",
+    "pipeline | verification | views",
     "shards | loading",
     "encoding | transfer",
     "corpus | dataroot",

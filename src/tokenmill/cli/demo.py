@@ -14,7 +14,7 @@ from tokenmill.dataroot import layout
 from tokenmill.dataroot.atomic import translate_write_errors
 from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
-from tokenmill.loading.data_root import open_root
+from tokenmill.loading.view import open_root
 from tokenmill.recipe import Recipe, load_recipe
 
 TOKENIZER = Path(__file__).parent.parent / "demo_tokenizer"

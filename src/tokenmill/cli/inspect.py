@@ -18,10 +18,15 @@ from tokenmill.options import StoreOptions
 @combine(store_options)
 @json_option
 def info(data_root: str, *, endpoint_url: str | None, anonymous: bool, as_json: bool) -> None:
-    """Describe the data set in DATA_ROOT, a directory or s3://BUCKET/PREFIX, and how it was made."""
+    """Describe the data set or view in DATA_ROOT, a directory or s3://BUCKET/PREFIX, and how it was made."""
     from tokenmill.cli import report
+    from tokenmill.dataroot.view_record import load_view
     from tokenmill.loading import info as infos
 
+    view = load_view(Path(data_root)) if Path(data_root).is_dir() else None
+    if view is not None:
+        print_result(view, report.view_lines(view), as_json=as_json)
+        return
     found = infos.info(data_root, StoreOptions(endpoint_url, anonymous))
     print_result(found, report.info_lines(found), as_json=as_json)
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tokenmill.cli import inspect, make, transfer, verify
+from tokenmill.cli import inspect, make, transfer, verify, view
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
 
@@ -101,6 +101,7 @@ for _command in (
     inspect.where,
     inspect.stats,
     inspect.receipts,
+    view.view,
     help_command,
 ):
     cli.add_command(_command)

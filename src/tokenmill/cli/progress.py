@@ -73,13 +73,33 @@ def display(*, quiet: bool) -> Iterator[Display]:
 @contextmanager
 def byte_display(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Show the bytes that are done, of all bytes, in the same way."""
-    started = time.monotonic()
 
-    def line(done: int, total: int) -> str:
-        elapsed = max(1e-9, time.monotonic() - started)
-        left = duration((total - done) * elapsed / done) if done else "?"
-        share = done / total if total else 1.0
-        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB {share:4.0%}  {done / elapsed / 1e6:.0f} MB/s  {left} left"
+    def line(done: int, total: int, rate: float) -> str:
+        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB {_share(done, total)}  {rate / 1e6:.0f} MB/s"
+
+    with _display(line, quiet=quiet) as show:
+        yield show
+
+
+@contextmanager
+def count_display(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how many things are done, of all, in the same way; `what` is their name."""
+
+    def line(done: int, total: int, rate: float) -> str:
+        return f"{done:,} of {total:,} {what} {_share(done, total)}  {count(rate)}/s"
+
+    with _display(line, quiet=quiet) as show:
+        yield show
+
+
+def _share(done: int, total: int) -> str:
+    return f"{done / total if total else 1.0:4.0%}"
+
+
+@contextmanager
+def _display(line: Callable[[int, int, float], str], *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a line of what is done, of how much, and how much in a second; and how long the rest will take."""
+    started = time.monotonic()
 
     with _outlet(quiet=quiet) as (seconds, put):
         due = time.monotonic() + seconds
@@ -88,7 +108,8 @@ def byte_display(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             nonlocal due
             if time.monotonic() >= due:
                 due = time.monotonic() + seconds
-                put(line(done, total))
+                rate = done / max(1e-9, time.monotonic() - started)
+                put(f"{line(done, total, rate)}  {duration((total - done) / rate) if done else '?'} left")
 
         yield show
 

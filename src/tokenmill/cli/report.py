@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.cli.first_shard import ShardStatistics
     from tokenmill.dataroot.manifest import Consolidated
     from tokenmill.dataroot.proof import Check, Proof
+    from tokenmill.dataroot.view_record import ViewRecord
     from tokenmill.loading.info import Info
     from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
     from tokenmill.loading.stats import Stats
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.shards.consolidate import ConsolidationReport
     from tokenmill.transfer.selection import TransferReport as Transfer
     from tokenmill.verification.verify import Verification
+    from tokenmill.views.disjoint import Disjointness
 
 
 def plan_lines(prepared: RunInputs, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -362,3 +364,50 @@ def stats_lines(found: Stats) -> list[str]:
         lines += ["", f"{'tokens':>15}  source file"]
         lines += [f"{tokens:>15,}  {source}" for source, tokens in found.tokens_by_source.items()]
     return lines
+
+
+_REASONS = {
+    "unfinished": "the stream of its data root ends inside it",
+    "where": "its source's condition is not true",
+    "removed": "named in its source's removal list",
+    "split": "on the other side of the holdout",
+    "duplicate": "an earlier document has the same text",
+}
+
+
+def view_lines(record: ViewRecord, notes: Sequence[str] = (), duplicates: int | None = None) -> list[str]:
+    """Describe a view: what it takes of each source, and what it leaves out and why."""
+    split = f"{record.split}, of a holdout of {record.holdout:g}" if record.holdout else "none"
+    order = {"documents": "documents shuffled", "samples": "samples shuffled", "none": "as stored"}[record.shuffle]
+    tail = record.tokens - record.samples * record.seq_len
+    lines = {
+        "documents": f"{record.documents:,}",
+        "tokens": f"{record.tokens:,} ({record.dtype}), of which {tail:,} after the last sample",
+        "samples": f"{record.samples:,} of {record.seq_len:,} tokens",
+        "order": f"{order}, seed {record.seed}" if record.shuffle != "none" else order,
+        "split": split,
+    }
+    if record.duplicates == "first":
+        lines["duplicates"] = "the first of each text is taken"
+    elif duplicates is not None:
+        lines["duplicates"] = f"{_plural(duplicates, 'document')} with a text that an earlier one has"
+    shown = [f"{name:<12} {value}" for name, value in lines.items()]
+    shown += [f"{'note':<12} {note}" for note in notes]
+    shown += ["", f"{'taken':>13} {'of':>13}  source"]
+    for source in record.sources:
+        shown.append(f"{source.taken:>13,} {source.documents:>13,}  {source.name}: {source.root}")
+        shown += [f"{'':>13} {count:>13,}  left out: {_REASONS[why]}" for why, count in source.left_out.items()]
+    return shown
+
+
+def disjointness_lines(found: Disjointness) -> list[str]:
+    """Say what comparing two views found."""
+    lines = [
+        f"{name}: {_plural(documents, 'document')}, {_plural(texts, 'text')}"
+        for name, documents, texts in zip(found.views, found.documents, found.texts, strict=True)
+    ]
+    if found.identity == "tokens":
+        lines.append("their data roots have no hashes of text: documents were compared by their tokens")
+    if found.passed:
+        return [*lines, "\u2705 no text is in both"]
+    return [*lines, *found.examples, f"\u274c {_plural(found.shared, 'text')} in both"]

@@ -10,7 +10,7 @@ import bisect
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -274,7 +274,14 @@ class Consolidated(msgspec.Struct, kw_only=True):
         return self.dtype, self.seq_len, self.id_scheme
 
 
-T = TypeVar("T", Manifest, Consolidated)
+class Record(Protocol):
+    """What all records have."""
+
+    version: int
+    digests: dict[str, str]
+
+
+T = TypeVar("T", bound=Record)
 
 
 def load(root: Path, *, proven: bool = True) -> Manifest | None:
@@ -283,12 +290,12 @@ def load(root: Path, *, proven: bool = True) -> Manifest | None:
     Raises:
         DataRootError: it cannot be read, is not ours, or was changed.
     """
-    return _load(root / layout.MANIFEST, Manifest, proven)
+    return load_record(root / layout.MANIFEST, Manifest, proven=proven)
 
 
 def load_consolidated(root: Path, *, proven: bool = True) -> Consolidated | None:
     """Load the record of a data root's consolidation; None if there was none. As `load`."""
-    return _load(root / layout.CONSOLIDATED, Consolidated, proven)
+    return load_record(root / layout.CONSOLIDATED, Consolidated, proven=proven)
 
 
 def load_records(root: Path, *, proven: bool = True) -> tuple[Manifest | None, Consolidated | None]:
@@ -306,7 +313,8 @@ def load_records(root: Path, *, proven: bool = True) -> tuple[Manifest | None, C
     return found
 
 
-def _load(path: Path, kind: type[T], proven: bool) -> T | None:
+def load_record(path: Path, kind: type[T], *, proven: bool = True) -> T | None:
+    """Load the record that a file holds; None if there is no such file. As `load`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -366,21 +374,22 @@ def field_digest(value: Any) -> str:
 
 def save(root: Path, manifest: Manifest) -> None:
     """Replace the manifest atomically."""
-    atomic.write_whole(root / layout.MANIFEST, _encode(manifest))
+    atomic.write_whole(root / layout.MANIFEST, encode(manifest))
 
 
 def save_consolidated(root: Path, record: Consolidated) -> None:
     """Replace the record of the consolidation atomically."""
-    atomic.write_whole(root / layout.CONSOLIDATED, _encode(record))
+    atomic.write_whole(root / layout.CONSOLIDATED, encode(record))
 
 
 def save_if_changed(root: Path, manifest: Manifest) -> None:
     """Replace the manifest unless it is stored as it is."""
-    if (root / layout.MANIFEST).read_bytes() != _encode(manifest):
+    if (root / layout.MANIFEST).read_bytes() != encode(manifest):
         save(root, manifest)
 
 
-def _encode(record: Manifest | Consolidated) -> bytes:
+def encode(record: Record) -> bytes:
+    """Return a record as it is stored, its digests made anew."""
     record.version = VERSION
     # Other threads may change the record meanwhile, so digests and content are made of one copy.
     stored: dict[str, Any] = msgspec.to_builtins(record)

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.dataroot import atomic, layout
-from tokenmill.dataroot import manifest as manifests
-from tokenmill.dataroot.manifest import Consolidated, Manifest
+from tokenmill.dataroot.manifest import Consolidated, FileRecord, Manifest, TokenizerRecord
 from tokenmill.errors import DataRootError, QueryError
 from tokenmill.transfer.journal import elsewhere
 
@@ -159,6 +158,31 @@ class DataRoot(NamedTuple):
         assert self.manifest is not None
         return self.manifest.recipe.seq_len
 
+    @property
+    def tokenizer(self) -> TokenizerRecord | None:
+        """What made its tokens; None where there is no manifest to say so."""
+        return None if self.manifest is None else self.manifest.tokenizer
+
+    @property
+    def eos_token(self) -> str | None:
+        """What ends a document."""
+        return None if self.manifest is None else self.manifest.recipe.eos_token
+
+    @property
+    def document_count(self) -> int | None:
+        """Number of its documents; None where there is no manifest to say so."""
+        return None if self.manifest is None else self.manifest.documents
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Source files, as the manifest lists them."""
+        return [] if self.manifest is None else self.manifest.files
+
+    def samples_with(self, begin: int, end: int) -> list[int]:
+        """Return the whole samples that hold tokens `begin` to before `end`."""
+        whole = self.tokens().tokens // self.seq_len
+        return list(range(begin // self.seq_len, min(whole, (end - 1) // self.seq_len + 1)))
+
     def tokens(self) -> TokenStream:
         """Its tokens, from `tokens.bin` or from its shards, whichever is there.
 
@@ -231,12 +255,3 @@ def not_consolidated(root: Path) -> DataRootError:
         f"{root}: it has no sample ids: expected a complete {layout.CONSOLIDATED}, found none",
         next_step=f"run: tokenmill consolidate {root}",
     )
-
-
-def open_root(root: Path) -> DataRoot:
-    """Open a data root with what is recorded of it.
-
-    Raises:
-        DataRootError: nothing is, or it cannot be read.
-    """
-    return DataRoot(root, *manifests.load_records(root))

@@ -21,7 +21,8 @@ from tokenmill.dataroot.inventory import find_shards_of, read_header
 from tokenmill.dataroot.manifest import Consolidated
 from tokenmill.dataroot.proof import choose_scheme
 from tokenmill.errors import DataRootError
-from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
+from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids
+from tokenmill.loading.view import OpenView, ViewStream, open_view
 
 ROOT_VARIABLE = "DATASET_BINS_PATH"
 """Environment variable that names the data root where no argument does, as Templar's trainer has it."""
@@ -63,8 +64,10 @@ class TokenDataset:
             raise ValueError(f"dtype: expected one of {', '.join(get_args(layout.DTypeName))}, found {dtype!r}")
         asked = _Asked(seq_len, dtype, tokenizer_sha256)
         self._arguments = {"root": self.root, **asked._asdict()}
-        found = DataRoot(self.root, manifests.load(self.root), manifests.load_consolidated(self.root))
-        if found.manifest is None and found.record is None:
+        found: DataRoot | OpenView | None = open_view(self.root)
+        if found is None:
+            found = DataRoot(self.root, manifests.load(self.root), manifests.load_consolidated(self.root))
+        if found.tokenizer is None and found.record is None:
             opened = _open_unrecorded(self.root, asked)
         else:
             opened = _open_recorded(found, asked)
@@ -83,8 +86,8 @@ class TokenDataset:
     @property
     def vocab_size(self) -> int | None:
         """Token ids are below this; None where there is no manifest to say so."""
-        manifest = self._recorded.manifest
-        return None if manifest is None else manifest.tokenizer.vocab_size
+        tokenizer = self._recorded.tokenizer
+        return None if tokenizer is None else tokenizer.vocab_size
 
     @property
     def record(self) -> Consolidated | None:
@@ -155,9 +158,7 @@ class TokenDataset:
         Raises:
             DataRootError: none are stored; `sample_id` makes single ones.
         """
-        if self._ids is None:
-            raise not_consolidated(self.root)
-        return self._ids
+        return self._recorded.sample_ids() if self._ids is None else self._ids
 
     def sample_id(self, index: int) -> int:
         """Return the id of a sample; made from its tokens where the data root is not consolidated."""
@@ -307,7 +308,7 @@ class _Asked(NamedTuple):
 
 class _Opened(NamedTuple):
     seq_len: int
-    stream: TokenStream
+    stream: TokenStream | ViewStream
     ids: NDArray[np.uint64] | None
     scheme: layout.IdScheme
 
@@ -325,8 +326,8 @@ def _located(root: Path | str | None) -> Path:
     return found
 
 
-def _open_recorded(found: DataRoot, asked: _Asked) -> _Opened:
-    root, manifest, record = found
+def _open_recorded(found: DataRoot | OpenView, asked: _Asked) -> _Opened:
+    root, record = found.root, found.record
     if record is not None and not record.complete:
         raise DataRootError(
             f"{root}: {layout.TOKENS} is unfinished: {layout.CONSOLIDATED} is not complete",
@@ -336,11 +337,13 @@ def _open_recorded(found: DataRoot, asked: _Asked) -> _Opened:
     _expect(root, "samples of", asked.seq_len, found.seq_len, "consolidate the shards with that --seq-len")
     _expect(root, "tokens of", asked.dtype, stream.dtype.name, f"give {stream.dtype.name}, or none: it is recorded")
     if asked.tokenizer_sha256 is not None:
-        sha256 = manifest.tokenizer.sha256 if manifest else f"no {layout.MANIFEST} to tell"
+        sha256 = found.tokenizer.sha256 if found.tokenizer else f"no {layout.MANIFEST} to tell"
         step = "train with the tokenizer that made the data, or give the data root that was made with this one"
         _expect(root, "a tokenizer.json of SHA-256", asked.tokenizer_sha256, sha256, step)
+    if isinstance(found, OpenView):
+        return _Opened(found.seq_len, stream, None, "blake2b-64")
     if record is None:
-        recipe = manifest.recipe if manifest else None
+        recipe = found.manifest.recipe if found.manifest else None
         scheme = choose_scheme(recipe, tokens=stream.tokens, seq_len=found.seq_len)
         return _Opened(found.seq_len, stream, None, scheme)
     return _Opened(found.seq_len, stream, found.sample_ids(), record.id_scheme)

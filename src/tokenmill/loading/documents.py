@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,11 @@ class DocumentIndex:
             if len(table):
                 return Document(**table.to_pylist()[0])
         return None
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the sidecar of each shard, in order."""
+        for shard in range(len(self._shards)):
+            yield self._table(shard)
 
     def sidecar(self, shard: int) -> pa.Table:
         """Return the documents that start in a shard, in the columns of `dataroot.sidecar`."""

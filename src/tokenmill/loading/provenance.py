@@ -11,8 +11,9 @@ import numpy as np
 from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
-from tokenmill.loading.data_root import DataRoot, open_root
+from tokenmill.loading.data_root import DataRoot
 from tokenmill.loading.documents import Document
+from tokenmill.loading.view import OpenView, open_root
 
 _MOST_LISTED = 10
 """Samples with the same id."""
@@ -97,25 +98,23 @@ def where_row(root: Path, source: str, row: int) -> Samples:
     """Return the samples that hold a row of a source file; raises as `where_sample`."""
     found = open_root(root)
     index = found.documents()
-    assert found.manifest is not None
-    file = next((file for file in found.manifest.files if file.path == source), None)
+    file = next((file for file in found.files if file.path == source), None)
     if file is None:
         raise QueryError(
-            f"{source}: not a source file of this data set, which has {len(found.manifest.files)}, "
-            f"such as {found.manifest.files[0].path}",
-            next_step="give the path as the manifest lists it, relative to the corpus",
+            f"{source}: not a source file of this data set, which has {len(found.files)}, "
+            f"such as {found.files[0].path}",
+            next_step="give the path as the manifest lists it, relative to the corpus, in a view after NAME/",
         )
     document = index.of_row(source, row)
     if document is None:
         rows = "which was not reached" if file.rows is None else f"which has {file.rows} rows"
         raise QueryError(
-            f"row {row} of {source}, {rows}, is in no sample: it has no text, or lies after the end of the stream",
+            f"row {row} of {source}, {rows}, is in no sample: it has no text, lies after the end of the stream, or is "
+            "left out of the view",
             next_step="ask for another row; the ledger (tokenmill info) has the counts",
         )
-    end = min(document.start + document.tokens, found.manifest.tokens)
-    whole = found.manifest.tokens // found.seq_len
-    samples = range(document.start // found.seq_len, min(whole, (end - 1) // found.seq_len + 1))
-    return Samples(source, row, document.start, end, list(samples))
+    end = min(document.start + document.tokens, found.tokens().tokens)
+    return Samples(source, row, document.start, end, found.samples_with(document.start, end))
 
 
 class Token(NamedTuple):
@@ -150,15 +149,15 @@ def show(root: Path, sample: int) -> Sample:
     return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)])
 
 
-def open_backend(found: DataRoot) -> HFBackend:
+def open_backend(found: DataRoot | OpenView) -> HFBackend:
     """Return the reference backend with the tokenizer that made the tokens of a data root.
 
     Raises:
         TokenizerError: the tokenizer is not at hand, or is another one.
     """
-    assert found.manifest is not None
-    recorded = found.manifest.tokenizer
-    tokenizer = load_tokenizer(recorded.name, eos_token=found.manifest.recipe.eos_token, revision=recorded.revision)
+    recorded = found.tokenizer
+    assert recorded is not None
+    tokenizer = load_tokenizer(recorded.name, eos_token=found.eos_token, revision=recorded.revision)
     if tokenizer.sha256 != recorded.sha256:
         raise TokenizerError(
             f"tokenizer {recorded.name}: is not the one that made {found.root}: expected tokenizer.json sha256 "
@@ -168,7 +167,7 @@ def open_backend(found: DataRoot) -> HFBackend:
     return HFBackend(tokenizer, special_in_text="parse")
 
 
-def _sample_tokens(found: DataRoot, sample: int) -> tuple[int, int]:
+def _sample_tokens(found: DataRoot | OpenView, sample: int) -> tuple[int, int]:
     samples = found.tokens().tokens // found.seq_len
     if not 0 <= sample < samples:
         raise QueryError(
@@ -178,13 +177,13 @@ def _sample_tokens(found: DataRoot, sample: int) -> tuple[int, int]:
     return sample * found.seq_len, (sample + 1) * found.seq_len
 
 
-def _id_of(found: DataRoot, sample: int) -> str | None:
+def _id_of(found: DataRoot | OpenView, sample: int) -> str | None:
     if found.record is None or not found.record.complete:
         return None
     return f"{int(found.sample_ids()[sample]):016x}"
 
 
-def _document_slices(found: DataRoot, begin: int, end: int) -> list[DocumentSlice]:
+def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[DocumentSlice]:
     def slice_of(document: Document) -> DocumentSlice:
         first, last = max(begin, document.start), min(end, document.start + document.tokens)
         return DocumentSlice(

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot.proof import Check
 from tokenmill.errors import ReceiptError
-from tokenmill.loading.data_root import not_consolidated, open_root
+from tokenmill.loading.data_root import not_consolidated
 from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.samplers import Sampler
+from tokenmill.loading.view import open_root
 
 _CHUNK_SAMPLES = 1 << 16
 

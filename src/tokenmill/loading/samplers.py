@@ -108,7 +108,7 @@ class EpochSampler(_Sampler, frozen=True, tag="epoch"):
 
     def _at(self, begin: int, end: int, step: int) -> SampleIndices:
         places = np.arange(self.start + begin, self.start + end, step, dtype=np.int64).astype(np.uint64)
-        return _permute(places, self.dataset_len, f"{self.seed}/{self.epoch}").astype(np.int64)
+        return permute(places, self.dataset_len, f"{self.seed}/{self.epoch}").astype(np.int64)
 
 
 class WindowSampler(_Sampler, frozen=True, tag="window"):
@@ -227,25 +227,30 @@ def check_numpy() -> None:
             )
 
 
-def _permute(places: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
-    """Return where each of `places` (all below `size`) goes in the permutation of `range(size)` that `key` names."""
+def permute(places: NDArray[np.uint64], size: int, key: str, *, inverse: bool = False) -> NDArray[np.uint64]:
+    """Return where each of `places` (all below `size`) goes in the permutation of `range(size)` that `key` names.
+
+    With `inverse`, return what goes there.
+    """
     digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS, person=b"tokenmill epoch").digest()
-    keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+    rounds = list(enumerate(np.frombuffer(digest, "<u8").astype(np.uint64)))
+    if inverse:  # each round undoes itself
+        rounds.reverse()
     bits = max(2, (size - 1).bit_length())
-    moved = _feistel(places, bits, keys)
+    moved = _feistel(places, bits, rounds)
     outside = np.flatnonzero(moved >= size)
     while len(outside):
-        moved[outside] = _feistel(moved[outside], bits, keys)
+        moved[outside] = _feistel(moved[outside], bits, rounds)
         outside = outside[moved[outside] >= size]
     return moved
 
 
-def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], bits: int, rounds: list[tuple[int, np.uint64]]) -> NDArray[np.uint64]:
     """Return a permutation of the numbers of so many bits: each round mixes one half into the other."""
     low_bits = np.uint64(bits // 2)
     high_bits = np.uint64(bits) - low_bits
     low, high = values & _mask(low_bits), values >> low_bits
-    for number, key in enumerate(keys):
+    for number, key in rounds:
         if number % 2:
             high = high ^ (_mix(low + key) & _mask(high_bits))
         else:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from tokenmill.encoding.tokenizer import MAX_IDS
 from tokenmill.errors import DataRootError, TokenizerError
-from tokenmill.loading.data_root import DataRoot, open_root
+from tokenmill.loading.data_root import DataRoot
 from tokenmill.loading.provenance import open_backend
+from tokenmill.loading.view import OpenView, open_root
 from tokenmill.options import OnBytes
 
 _CHUNK_TOKENS = 1 << 22
@@ -86,8 +87,8 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
             TokenCount(token, int(counts[token]), name)
             for token, name in zip(frequent.tolist(), _names(found, frequent.tolist()), strict=True)
         ],
-        vocab_size=found.manifest.tokenizer.vocab_size if found.manifest else None,
-        documents=found.manifest.documents if found.manifest else None,
+        vocab_size=found.tokenizer.vocab_size if found.tokenizer else None,
+        documents=found.document_count,
         document_tokens=lengths,
         tokens_by_source=by_source,
         duplicates=_duplicates(found),
@@ -119,14 +120,12 @@ def token_counts(
     return counts
 
 
-def _document_figures(found: DataRoot) -> tuple[dict[str, float] | None, dict[str, int] | None]:
-    if found.manifest is None:
+def _document_figures(found: DataRoot | OpenView) -> tuple[dict[str, float] | None, dict[str, int] | None]:
+    if found.tokenizer is None:
         return None, None
-    index = found.documents()
     lengths: list[NDArray[np.int64]] = []
     by_source: Counter[str] = Counter()
-    for shard in range(len(found.manifest.shards)):
-        table = index.sidecar(shard)
+    for table in found.documents().tables():
         lengths.append(table["tokens"].to_numpy())
         sums = table.group_by("source").aggregate([("tokens", "sum")])
         by_source.update(dict(zip(sums["source"].to_pylist(), sums["tokens_sum"].to_pylist(), strict=True)))
@@ -135,9 +134,9 @@ def _document_figures(found: DataRoot) -> tuple[dict[str, float] | None, dict[st
     return figures | {"mean": float(every.mean())}, dict(sorted(by_source.items()))
 
 
-def _names(found: DataRoot, ids: list[int]) -> list[str | None]:
+def _names(found: DataRoot | OpenView, ids: list[int]) -> list[str | None]:
     """Return tokens as the vocabulary writes them; figures are of use without it, too."""
-    if found.manifest is None:
+    if found.tokenizer is None:
         return [None] * len(ids)
     try:
         backend = open_backend(found)
@@ -146,7 +145,7 @@ def _names(found: DataRoot, ids: list[int]) -> list[str | None]:
     return [backend.name_of(token) for token in ids]
 
 
-def _duplicates(found: DataRoot) -> Duplicates | None:
+def _duplicates(found: DataRoot | OpenView) -> Duplicates | None:
     record = found.record
     if record is None or not record.complete:
         return None

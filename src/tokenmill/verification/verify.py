@@ -6,12 +6,13 @@ What the records mean is specified in `docs/format.md`; everything is computed a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from tokenmill.dataroot import layout
+from tokenmill.dataroot.view_record import ViewRecord, load_view
 from tokenmill.errors import DataRootError
 from tokenmill.options import OnBytes, StoreOptions, available_cores
 from tokenmill.redact import escape_surrogates
@@ -20,6 +21,7 @@ from tokenmill.verification.documents import DocumentChecks
 from tokenmill.verification.findings import Checked, Finding, VerifyRun
 from tokenmill.verification.records import RecordChecks
 from tokenmill.verification.tokens import TokenChecks
+from tokenmill.verification.view import ViewChecks
 
 
 class Verification(msgspec.Struct, kw_only=True):
@@ -50,10 +52,10 @@ def verify(
     workers: int | None = None,
     on_progress: OnBytes = lambda done, total: None,
 ) -> Verification:
-    """Compare every byte of a finished data root with what its records say.
+    """Compare every byte of a finished data root with what its records say; of a view, its index and its sources.
 
     Args:
-        root: the data root.
+        root: the data root, or a view.
         quick: only sizes, headers, and whether the records agree with themselves.
         deep: also encode so many documents of the source again, and rebuild one shard from it.
         dataset: where the corpus is now, for `deep`; None: where the recipe says.
@@ -67,6 +69,22 @@ def verify(
         SourceError, TokenizerError: `deep` needs the corpus or the tokenizer, and cannot have it.
     """
     started = time.monotonic()
+    view = load_view(Path(root)) if Path(root).is_dir() else None
+    if view is not None:
+        return _verify_view(
+            Path(root),
+            view,
+            lambda source: verify(
+                source,
+                quick=quick,
+                deep=deep,
+                dataset=dataset,
+                tokenizer=tokenizer,
+                store=store,
+                workers=workers,
+                on_progress=on_progress,
+            ),
+        )
     job = VerifyRun(Path(root), workers=workers or available_cores(), on_progress=on_progress)
     RecordChecks(job).check()
     if not quick:
@@ -93,4 +111,31 @@ def verify(
         nbytes=job.done_nbytes,
         seconds=round(time.monotonic() - started, 3),
         elsewhere=dict(sorted(job.elsewhere.items())),
+    )
+
+
+def _verify_view(folder: Path, record: ViewRecord, verify_root: Callable[[Path], Verification]) -> Verification:
+    """Verify a view, and each of its sources; what is wrong with one of these is told under its name."""
+    started = time.monotonic()
+    checks = ViewChecks(folder, record)
+    checks.check()
+    nbytes = checks.nbytes
+    elsewhere: dict[str, str] = {}
+    for source in record.sources:
+        if not (folder / source.root / layout.MANIFEST).is_file():
+            continue  # told by the checks of the view
+        result = verify_root(folder / source.root)
+        nbytes += result.nbytes
+        checks.checked += [Checked(f"{source.name}: {each.what}", each.findings) for each in result.checked]
+        checks.findings += [
+            msgspec.structs.replace(each, file=f"{source.name}: {each.file}") for each in result.findings
+        ]
+        elsewhere |= {f"{source.name}/{name}": store for name, store in result.elsewhere.items()}
+    return Verification(
+        root=escape_surrogates(folder),
+        checked=checks.checked,
+        findings=checks.findings,
+        nbytes=nbytes,
+        seconds=round(time.monotonic() - started, 3),
+        elsewhere=dict(sorted(elsewhere.items())),
     )

@@ -1,0 +1,84 @@
+"""Commands of views: plan, build, prove-disjoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tokenmill.cli.console import catch_signals, print_result
+from tokenmill.cli.options import json_option
+
+
+@click.group(short_help="Shuffle, split, select and grow data sets without tokenizing again.")
+def view() -> None:
+    """Choose and order documents of finished data sets: an index, while their tokens stay where they are.
+
+    A view is described by a TOML file (docs/views.md). Once it is built, `TokenDataset`, info, show, where, stats and
+    verify read it as they read a data root.
+
+    \b
+    Example:
+      tokenmill view plan pretrain.toml
+      tokenmill view build pretrain.toml train/
+    """
+
+
+_spec_argument = click.argument("spec", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.toml")
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+
+
+@view.command(short_help="Say what a view would be.")
+@_spec_argument
+@_quiet_option
+@json_option
+def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
+    """Say what the view that FILE.toml describes would be: documents, tokens, samples, and what is left out and why."""
+    from tokenmill.cli import report
+    from tokenmill.cli.progress import count_display
+    from tokenmill.views.build import plan_view
+    from tokenmill.views.spec import load_spec
+
+    catch_signals(lambda: "nothing was written")
+    with count_display("documents", quiet=quiet or as_json) as on_progress:
+        built = plan_view(load_spec(spec), on_progress=on_progress)
+    print_result(built.record, report.view_lines(built.record, built.notes, built.duplicates), as_json=as_json)
+
+
+@view.command(short_help="Store a view in a directory.")
+@_spec_argument
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="VIEW")
+@_quiet_option
+@json_option
+def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
+    """Store the view that FILE.toml describes in the directory VIEW: an index of 16 bytes a document, and view.json.
+
+    The data sets that it is made from must stay where they are; their digests are kept, and are compared when the view
+    is opened. A view that is there already is not replaced by another.
+    """
+    from tokenmill.cli import report
+    from tokenmill.cli.progress import count_display
+    from tokenmill.views.build import build_view
+    from tokenmill.views.spec import load_spec
+
+    catch_signals(lambda: "no view was stored")
+    with count_display("documents", quiet=quiet or as_json) as on_progress:
+        built, was_there = build_view(load_spec(spec), folder, on_progress=on_progress)
+    last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
+    lines = [*report.view_lines(built.record, built.notes, built.duplicates), last]
+    print_result(built.record, lines, as_json=as_json)
+
+
+@view.command("prove-disjoint", short_help="Prove that two views share no document.")
+@click.argument("first", type=click.Path(path_type=Path, file_okay=False), metavar="VIEW")
+@click.argument("second", type=click.Path(path_type=Path, file_okay=False), metavar="OTHER_VIEW")
+@json_option
+def prove_disjoint(first: Path, second: Path, *, as_json: bool) -> None:
+    """Prove that two views share no document, by the hashes of their texts. The exit code is 1 if they do."""
+    from tokenmill.cli import report
+    from tokenmill.views.disjoint import prove_disjoint as compare
+
+    found = compare(first, second)
+    print_result(found, report.disjointness_lines(found), as_json=as_json)
+    if not found.passed:
+        raise click.exceptions.Exit(1)

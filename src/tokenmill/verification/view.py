@@ -1,0 +1,249 @@
+"""Verify views: the index against its record, and every document of it against the sidecars of its sources.
+
+The rules of `docs/format.md` are written here a second time, and hold for each document on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokenmill.dataroot import layout
+from tokenmill.dataroot import manifest as manifests
+from tokenmill.dataroot.manifest import Manifest
+from tokenmill.dataroot.view_record import SourceRecord, ViewRecord
+from tokenmill.encoding.text_hash import bytes_hash
+from tokenmill.loading.data_root import DataRoot
+from tokenmill.verification.findings import Checked, Finding
+
+
+class _Listed(NamedTuple):
+    """Documents of a source, by its sidecars; arrays of shape `(documents,)`."""
+
+    start: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    row: NDArray[np.int64]
+    file: NDArray[np.int64]
+    """Index of the source file in the manifest; -1 for one that it does not list."""
+    hashes: NDArray[np.uint64]
+    """Of the text, or of the tokens."""
+
+
+class _Entries(NamedTuple):
+    """Entries of the index that lie in a source; arrays of shape `(entries,)`."""
+
+    number: NDArray[np.int64]
+    start: NDArray[np.int64]
+    """Counted in the stream of the source."""
+    tokens: NDArray[np.int64]
+
+
+class ViewChecks:
+    """Checks of a view; its sources are verified by themselves.
+
+    Args:
+        folder: of the view.
+        record: what it says of itself.
+    """
+
+    def __init__(self, folder: Path, record: ViewRecord) -> None:
+        self.folder = folder
+        self.record = record
+        self.findings: list[Finding] = []
+        self.checked: list[Checked] = []
+        self.nbytes = 0
+
+    def check(self) -> None:
+        """Make all checks; those that need the index are left out where it is not what the record says."""
+        begins = self._index(layout.VIEW_BEGINS, self.record.documents + 1, self.record.begins_sha256)
+        places = self._index(layout.VIEW_PLACES, self.record.documents, self.record.places_sha256)
+        self._note("index: size, sha256")
+        manifests_ = [self._pinned(source) for source in self.record.sources]
+        self._note("sources: the data roots that the view was built from")
+        if begins is None or places is None or self.findings:
+            return
+        lengths = np.diff(begins)
+        ends = int(begins[0]), int(begins[-1])
+        expected = 0, self.record.tokens
+        self._require(
+            ends == expected, layout.VIEW_BEGINS, "the file", "first and last entry", expected=expected, found=ends
+        )
+        base = 0
+        keys = np.zeros(len(places), np.uint64)
+        for source, manifest in zip(self.record.sources, manifests_, strict=True):
+            number = np.flatnonzero((places >= base) & (places < base + source.tokens))
+            listed = None if manifest is None else self._listed(source, manifest)
+            if manifest is not None and listed is not None:
+                entries = _Entries(number, places[number] - base, lengths[number])
+                at = self._check_source(source, manifest, listed, entries)
+                if at is not None and self.record.shuffle == "documents":
+                    keys[number] = self._keys(source, manifest, listed, at)
+            base += source.tokens
+        outside = np.flatnonzero((places < 0) | (places >= base))
+        if len(outside):
+            at_entry, place = f"entry {outside[0]}", int(places[outside[0]])
+            self._require(False, layout.VIEW_PLACES, at_entry, "place", expected=f"0 to {base - 1}", found=place)
+        if not self.findings:
+            self._check_order(places, keys)
+        self._note("documents: whole, once, by the rules of holdout, removal, duplicates and order")
+
+    def _note(self, what: str) -> None:
+        self.checked.append(Checked(what, len(self.findings) - sum(each.findings for each in self.checked)))
+
+    def _require(self, holds: bool, file: str, position: str, what: str, *, expected: object, found: object) -> bool:
+        if not holds:
+            self.findings.append(Finding(file, position, what, str(expected), str(found)))
+        return holds
+
+    def _index(self, name: str, entries: int, sha256: str) -> NDArray[np.int64] | None:
+        path = self.folder / name
+        if not self._require(path.is_file(), name, "the file", "is there", expected="a file", found="none"):
+            return None
+        nbytes = path.stat().st_size
+        if not self._require(
+            nbytes == 8 * entries, name, "the file", "size in bytes", expected=8 * entries, found=nbytes
+        ):
+            return None
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.nbytes += nbytes
+        self._require(digest == sha256, name, "the file", "sha256", expected=sha256, found=digest)
+        return np.memmap(path, "<i8", "r") if entries else np.empty(0, np.int64)
+
+    def _root(self, source: SourceRecord) -> Path:
+        return self.folder / source.root
+
+    def _pinned(self, source: SourceRecord) -> Manifest | None:
+        root, where = self._root(source), "the data root"
+        manifest = manifests.load(root) if root.is_dir() else None
+        if manifest is None:
+            self._require(False, source.name, where, "is there", expected=root, found="no manifest")
+            return None
+        shards = "\n".join(shard.sha256 for shard in manifest.shards)
+        pin, sha256 = hashlib.sha256(shards.encode()).hexdigest(), manifest.tokenizer.sha256
+        self._require(
+            sha256 == self.record.tokenizer_sha256,
+            source.name,
+            where,
+            "sha256 of tokenizer.json",
+            expected=self.record.tokenizer_sha256,
+            found=sha256,
+        )
+        is_it = self._require(
+            pin == source.pin, source.name, where, "digest of its shards", expected=source.pin, found=pin
+        )
+        return manifest if is_it else None
+
+    def _listed(self, source: SourceRecord, manifest: Manifest) -> _Listed | None:
+        """Return all documents of a source; None, with a finding, where a sidecar cannot be read."""
+        numbers = {file.path: number for number, file in enumerate(manifest.files)}
+        pieces: list[list[NDArray[Any]]] = []
+        for shard in manifest.shards:
+            path = self._root(source) / f"documents_{shard.index:06d}.parquet"
+            try:
+                with path.open("rb") as file:
+                    table = pq.ParquetFile(file).read(use_threads=False)
+                table.validate(full=True)
+                names = table["source"].combine_chunks()
+                known = np.array([numbers.get(name, -1) for name in names.dictionary.to_pylist()] or [-1], np.int64)
+                piece = [table[name].to_numpy() for name in ("start", "tokens", "row")]
+                piece.append(known[names.indices.to_numpy()])
+                if source.identity == "text":
+                    piece.append(table["text_xxh3"].to_numpy())
+            except (pa.ArrowException, ValueError, OSError, KeyError, AttributeError) as error:
+                what = str(error).split("\n")[0]
+                self._require(False, source.name, path.name, "is a sidecar", expected="parquet", found=what)
+                return None
+            pieces.append(piece)
+        start, tokens, row, file_, *rest = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+        if rest:
+            return _Listed(start, tokens, row, file_, rest[0])
+        stream = DataRoot(self._root(source), manifest, manifests.load_consolidated(self._root(source))).tokens()
+        bounds = zip(start.tolist(), np.minimum(start + tokens, stream.tokens).tolist(), strict=True)
+        hashes = [bytes_hash(stream.read(begin, end).tobytes()) for begin, end in bounds]
+        return _Listed(start, tokens, row, file_, np.array(hashes, np.uint64))
+
+    def _check_source(
+        self, source: SourceRecord, manifest: Manifest, listed: _Listed, entries: _Entries
+    ) -> NDArray[np.int64] | None:
+        """Check the entries that lie in a source; return their documents, by number, if each of them is one."""
+        count, documents = len(entries.number), len(listed.start)
+        name = source.name
+        self._require(count == source.taken, layout.VIEW, name, "documents taken", expected=source.taken, found=count)
+        every = count + sum(source.left_out.values())
+        self._require(
+            every == documents, layout.VIEW, name, "documents taken and left out", expected=documents, found=every
+        )
+        at = np.minimum(np.searchsorted(listed.start, entries.start), max(0, documents - 1))
+        wrong = np.flatnonzero(listed.start[at] != entries.start) if documents else entries.number
+        if len(wrong):
+            entry, found = f"entry {entries.number[wrong[0]]}", f"token {entries.start[wrong[0]]} of {name}"
+            self._require(
+                False, layout.VIEW_PLACES, entry, "where a document begins", expected="a document", found=found
+            )
+            return None
+        wrong = np.flatnonzero(listed.tokens[at] != entries.tokens)
+        if len(wrong):
+            entry, found = f"entry {entries.number[wrong[0]]}", str(entries.tokens[wrong[0]])
+            expected = int(listed.tokens[at[wrong[0]]])
+            self._require(False, layout.VIEW_BEGINS, entry, "tokens of the document", expected=expected, found=found)
+        twice = count - len(np.unique(at))
+        self._require(twice == 0, layout.VIEW_PLACES, name, "documents that are there twice", expected=0, found=twice)
+        self._check_choice(source, manifest, listed, at)
+        return at
+
+    def _check_choice(self, source: SourceRecord, manifest: Manifest, listed: _Listed, at: NDArray[np.int64]) -> None:
+        """No document is taken that the rules leave out."""
+        counts: dict[str, int] = {}
+        hashes = listed.hashes[at]
+        if self.record.holdout:
+            limit = math.ceil(Fraction(self.record.holdout) * 2**64)
+            held_out = hashes < np.uint64(limit)
+            counts["on the other side of the holdout"] = int(
+                np.count_nonzero(held_out != (self.record.split == "validation"))
+            )
+        if self.record.duplicates == "first":
+            counts["with the text of another"] = len(at) - len(np.unique(hashes))
+        named = [entry.rsplit(None, 1) for entry in source.removed]
+        removed = np.array([int(words[0], 16) for words in named if len(words) == 1], np.uint64)
+        gone = np.isin(hashes, removed)
+        files = {file.path: number for number, file in enumerate(manifest.files)}
+        rows = {(files.get(words[0]), int(words[1])) for words in named if len(words) == 2}
+        for index in np.flatnonzero(np.isin(listed.row[at], np.array([row for _, row in rows], np.int64))).tolist():
+            gone[index] |= (int(listed.file[at[index]]), int(listed.row[at[index]])) in rows
+        counts["that were to be removed"] = int(np.count_nonzero(gone))
+        for what, found in counts.items():
+            self._require(found == 0, source.name, "documents", what, expected=0, found=found)
+
+    def _keys(
+        self, source: SourceRecord, manifest: Manifest, listed: _Listed, at: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
+        """Return the key of each document: SplitMix64 of its row, seeded by a digest of seed, source and file."""
+        seeds = [
+            hashlib.blake2b(
+                f"{self.record.seed}\0{source.name}\0{file.path}".encode(), digest_size=8, person=b"tokenmill view"
+            ).digest()
+            for file in manifest.files
+        ]
+        state = np.frombuffer(b"".join(seeds), "<u8")[listed.file[at]]
+        z = state + np.uint64(0x9E3779B97F4A7C15) * (listed.row[at] + 1).astype(np.uint64)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        found: NDArray[np.uint64] = z ^ z >> np.uint64(31)
+        return found
+
+    def _check_order(self, places: NDArray[np.int64], keys: NDArray[np.uint64]) -> None:
+        ranks: NDArray[Any] = keys if self.record.shuffle == "documents" else places
+        wrong = np.flatnonzero(ranks[1:] < ranks[:-1])
+        if len(wrong):
+            at = int(wrong[0]) + 1
+            what = f"comes after document {at - 1} in the order {self.record.shuffle!r}"
+            self._require(False, layout.VIEW_PLACES, f"entry {at}", what, expected="yes", found="no")

@@ -1,0 +1,93 @@
+"""Disjoint: whether two views share a document, by its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.errors import DataRootError
+from tokenmill.loading.view import OpenView, open_view
+from tokenmill.views.catalogue import open_sources, taken_documents
+
+_LISTED = 10
+
+
+class Disjointness(msgspec.Struct, kw_only=True):
+    """What comparing two views found."""
+
+    views: tuple[str, str]
+    documents: tuple[int, int]
+    texts: tuple[int, int]
+    """Different ones among the documents."""
+    identity: str
+    """By what documents were compared: the hash of their `text`, or of their `tokens`."""
+    shared: int
+    """Texts that both views have."""
+    examples: list[str]
+    """The first of them: hash, and source, file and row in the first view."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no text is in both."""
+        return self.shared == 0
+
+
+def prove_disjoint(first: Path, second: Path) -> Disjointness:
+    """Compare the documents of two views by the hashes of their text.
+
+    Raises:
+        DataRootError: one is no view, its sources are not as it was built from, or some documents are known by their
+            text and others by their tokens.
+    """
+    views = [_opened(folder) for folder in (first, second)]
+    kinds = {(source.identity, _tokens_of(view, source.identity)) for view in views for source in view.view.sources}
+    if len(kinds) > 1:
+        raise DataRootError(
+            f"{first} and {second}: some of their data roots have hashes of text, and others have none, or come from "
+            "different tokenizers: their documents cannot be compared",
+            next_step="make the data roots without text_xxh3 again with this version of tokenmill pretokenize",
+        )
+    identities = [_identities(view) for view in views]
+    texts = [np.unique(identity) for identity in identities]
+    shared = np.intersect1d(texts[0], texts[1], assume_unique=True)
+    return Disjointness(
+        views=(str(first), str(second)),
+        documents=(len(identities[0]), len(identities[1])),
+        texts=(len(texts[0]), len(texts[1])),
+        identity=next(iter(kinds))[0],
+        shared=len(shared),
+        examples=[_example(views[0], identities[0], value) for value in shared[:_LISTED]],
+    )
+
+
+def _opened(folder: Path) -> OpenView:
+    view = open_view(folder) if folder.is_dir() else None
+    if view is None:
+        raise DataRootError(f"{folder}: expected a view, found none", next_step="give what tokenmill view build made")
+    return view
+
+
+def _tokens_of(view: OpenView, identity: str) -> tuple[str, str] | None:
+    """Return what hashes of tokens depend on."""
+    return (view.view.tokenizer_sha256, view.view.dtype) if identity == "tokens" else None
+
+
+def _identities(view: OpenView) -> NDArray[np.uint64]:
+    """Return the hash of each document in the order of the index, shape `(documents,)`."""
+    places = view.open_index().places
+    found = np.empty(len(places), np.uint64)
+    base = 0
+    for source, catalogue in zip(view.view.sources, open_sources(view.root, view.view.sources), strict=True):
+        here = np.flatnonzero((places >= base) & (places < base + source.tokens))
+        ranked = here[np.argsort(places[here], kind="stable")]
+        found[ranked] = taken_documents(catalogue, places[ranked] - base).identity
+        base += source.tokens
+    return found
+
+
+def _example(view: OpenView, identities: NDArray[np.uint64], value: np.uint64) -> str:
+    document = view.documents().document(int(np.flatnonzero(identities == value)[0]))
+    return f"{int(value):016x}  {document.source} row {document.row}"

@@ -1,0 +1,68 @@
+"""SQL: which rows of a documents sidecar satisfy a condition; the one module that imports DuckDB (extra `views`)."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tokenmill.errors import RecipeError
+
+
+class Condition:
+    """A condition over the columns of sidecars, as SQL; a context manager. It can reach nothing but the table.
+
+    Args:
+        text: an expression such as `tokens < 1000 and source like '%en%'`.
+        where: what messages call it.
+
+    Raises:
+        RecipeError: DuckDB is not installed.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        try:
+            import duckdb
+        except ImportError:
+            raise RecipeError(
+                f"{where}: needs DuckDB, which is not installed", next_step="run: pip install 'tokenmill[views]'"
+            ) from None
+        self._errors = duckdb.Error
+        self._text, self._where = text, where
+        self._connection: Any = duckdb.connect(
+            config={"enable_external_access": "false", "lock_configuration": "true", "threads": "1"}
+        )
+
+    def __enter__(self) -> Condition:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def rows(self, table: pa.Table) -> NDArray[np.int64]:
+        """Return the rows for which it is true, ascending.
+
+        Raises:
+            RecipeError: it is not a condition over the columns.
+        """
+        numbered = table.append_column("__row", pa.array(np.arange(len(table))))
+        query = f"SELECT __row FROM documents WHERE (\n{self._text}\n)"
+        try:
+            self._refuse_several(query)
+            self._connection.register("documents", numbered)
+            found: NDArray[np.int64] = self._connection.execute(query).fetchnumpy()["__row"]
+        except self._errors as error:
+            raise RecipeError(
+                f"{self._where}: {str(error).splitlines()[0]}",
+                next_step=f"the columns are {', '.join(table.schema.names)}; the condition is SQL as DuckDB has it",
+            ) from None
+        return np.sort(found)
+
+    def _refuse_several(self, query: str) -> None:
+        if len(self._connection.extract_statements(query)) != 1:
+            raise self._errors("expected one condition, found several statements")
