@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from tokenmill.transfer.selection import Selection as Selection
     from tokenmill.transfer.upload import upload as upload
     from tokenmill.verification.verify import verify as verify
+    from tokenmill.views.build import build_view as build_view
+    from tokenmill.views.build import plan_view as plan_view
+    from tokenmill.views.disjoint import prove_disjoint as prove_disjoint
+    from tokenmill.views.spec import ViewSource as ViewSource
+    from tokenmill.views.spec import ViewSpec as ViewSpec
+    from tokenmill.views.spec import load_spec as load_spec
 
 _HOMES = {
     "EpochSampler": "loading.samplers",
@@ -44,14 +50,20 @@ _HOMES = {
     "TokenDataset": "loading.dataset",
     "TokenmillError": "errors",
     "ValidatorSampler": "loading.samplers",
+    "ViewSource": "views.spec",
+    "ViewSpec": "views.spec",
     "WindowSampler": "loading.samplers",
     "buffer_order": "corpus.order",
+    "build_view": "views.build",
     "check_receipt": "loading.receipts",
     "consolidate": "shards.consolidate",
     "download": "transfer.download",
     "load_receipt": "loading.receipts",
     "load_recipe": "recipe",
+    "load_spec": "views.spec",
+    "plan_view": "views.build",
     "pretokenize": "pipeline.pretokenize",
+    "prove_disjoint": "views.disjoint",
     "upload": "transfer.upload",
     "verify": "verification.verify",
 }
@@ -67,15 +79,21 @@ __all__ = [
     "TokenDataset",
     "TokenmillError",
     "ValidatorSampler",
+    "ViewSource",
+    "ViewSpec",
     "WindowSampler",
     "buffer_order",
+    "build_view",
     "check_receipt",
     "consolidate",
     "download",
     "load_receipt",
     "load_recipe",
+    "load_spec",
     "merge",
+    "plan_view",
     "pretokenize",
+    "prove_disjoint",
     "tokenize",
     "upload",
     "verify",

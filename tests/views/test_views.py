@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import golden_corpus, run_cli, text, write_parquet, write_record
+from conftest import REPOSITORY, golden_corpus, run_cli, text, write_parquet, write_record
 from support.reference import sample_ids
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
@@ -30,6 +31,7 @@ from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.provenance import show, where_row, where_sample
 from tokenmill.loading.samplers import permute
 from tokenmill.loading.stats import stats
+from tokenmill.loading.view import open_root
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
@@ -525,3 +527,77 @@ GOLDEN = {
 def test_manifests_of_sources_are_read_once_written(roots: dict[str, Path]) -> None:
     assert manifest.load(roots["web"]).documents_version == layout.DOCUMENTS_VERSION
     assert manifest.load(roots["old"]).documents_version == 1
+
+
+# The page
+
+
+def test_the_page_on_views_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files and commands, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOKENIZER, "tokenizer")
+    for number in range(2):
+        texts = [text(i, 5 + i % 60) for i in range(number * 200, number * 200 + 200)]
+        write_parquet(Path("corpus", f"part-{number}.parquet"), texts)
+    blocks = re.findall(r"```(toml|sh)\n(.*?)```", (REPOSITORY / "docs" / "views.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for kind, block in blocks[1:] if kind == "sh" for line in block.splitlines()]
+    for kind, block in blocks:
+        if kind == "toml":
+            Path(block.splitlines()[0].removeprefix("# ")).write_text(block)
+    ran = 0
+    for line in lines:
+        if "--only-new" in line:
+            write_parquet(Path("corpus", "part-2.parquet"), [text(i, 5 + i % 60) for i in range(300, 500)])
+            refused = run_cli("pretokenize", "data/", "--dataset", "corpus/", "--tokenizer", "tokenizer/")
+            assert (refused.returncode, "--only-new" in refused.stderr) == (3, True), refused.stderr
+        if line.startswith("tokenmill"):
+            result = run_cli(*line.split()[1:])
+            assert result.returncode == 0, f"{line}\n{result.stderr}"
+            ran += 1
+        else:
+            content, _, name = line.removeprefix("echo ").partition(" > ")
+            Path(name).write_text(content.strip('"') + "\n")
+    assert ran == 9
+    week2 = manifest.load(Path("week2"))
+    assert [file.path for file in week2.files] == ["part-2.parquet"]
+    assert any("earlier data roots" in note for note in week2.notes)
+    old, both = ({d[:3] for d in map(identify, documents_of(Path(name)))} for name in ("train", "both"))
+    assert old < both
+    shuffled = documents_of(Path("shuffled"))
+    assert ("web/part-0.parquet", 17) not in {(d.source, d.row) for d in shuffled}
+    assert all(20 <= d.tokens <= 100_000 for d in shuffled)
+
+
+def documents_of(view: Path) -> list[Any]:
+    opened = open_root(view)
+    documents = opened.documents()
+    return [documents.document(number) for number in range(opened.document_count)]
+
+
+def identify(document: Any) -> tuple[str, int, int, int]:
+    return document.source, document.row, document.tokens, document.start
+
+
+def test_only_new_files(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    write_parquet(corpus / "a.parquet", ["one", "two"])
+    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), seq_len=8)
+    pretokenize(recipe, tmp_path / "first")
+    with pytest.raises(errors.SourceError, match="none of its 1 files is new"):
+        pretokenize(recipe, tmp_path / "second", only_new=[tmp_path / "first"])
+    with pytest.raises(errors.DataRootError, match=r"expected an earlier data root of the corpus, found no manifest"):
+        pretokenize(recipe, tmp_path / "second", only_new=[corpus])
+    write_parquet(corpus / "b.parquet", ["three"])
+    pretokenize(recipe, tmp_path / "second", only_new=[tmp_path / "first"])
+    write_parquet(corpus / "c.parquet", ["four"])
+    # A run that continues takes the files it began with.
+    assert pretokenize(recipe, tmp_path / "second", only_new=[tmp_path / "first"]).status == "already complete"
+    made = pretokenize(recipe, tmp_path / "third", only_new=[tmp_path / "first", tmp_path / "second"])
+    assert (made.documents, verify(tmp_path / "third", deep=5).passed) == (1, True)
+    other = tmp_path / "other"
+    write_parquet(other / "a.parquet", ["one", "two"])
+    with pytest.raises(errors.DataRootError, match="was made from another corpus"):
+        pretokenize(msgspec.structs.replace(recipe, dataset=str(other)), tmp_path / "x", only_new=[tmp_path / "first"])
+    write_parquet(corpus / "a.parquet", ["one", "two", "changed"])
+    with pytest.raises(errors.SourceChangedError, match=r"a\.parquet: is not the file that .*first was made from"):
+        pretokenize(recipe, tmp_path / "x", only_new=[tmp_path / "first"])

@@ -28,8 +28,8 @@ _CONTEXT = {
 EXIT_CODES = """\b
 Exit codes:
   0   done, or done already
-  1   validation failed, verify found something, or a receipt is wrong
-  2   wrong usage or recipe, no such sample, or not a receipt
+  1   validation failed, verify found something, a receipt is wrong, or two views share a text
+  2   wrong usage, recipe or view, no such sample, or not a receipt
   3   the corpus cannot be read, cannot be reached, or changed
   4   the tokenizer cannot be loaded, or its backends disagree
   5   the data root is in use, foreign, of another recipe, or its records cannot be read

@@ -82,6 +82,14 @@ if TYPE_CHECKING:
     metavar="auto|HOST:PORT|local",
     help="Address of the Ray cluster's head; local starts Ray on this machine alone.  [default: RAY_ADDRESS, or auto]",
 )
+@click.option(
+    "--only-new",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DATA_ROOT",
+    help="Leave out the files of the corpus that this earlier data root was made from; may be given several times. A "
+    "view joins both (docs/views.md).",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs, and make nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 @json_option
@@ -102,6 +110,7 @@ def pretokenize(
     keep_local: bool,
     engine: str,
     ray_address: str | None,
+    only_new: tuple[Path, ...],
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -129,6 +138,7 @@ def pretokenize(
         "tokenizer_backend": tokenizer_backend,
         "consolidated": consolidated,
         "store": StoreOptions(endpoint_url, anonymous, max_document_nbytes=max_document_nbytes),
+        "only_new": only_new,
     }
     if dry_run:
         _print_plan(resolved, output, as_json, keep_local=keep_local, **shared)

@@ -22,6 +22,7 @@ from tokenmill.errors import StorageError
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.pipeline.cluster_engine import ClusterEngine
 from tokenmill.pipeline.driver import OnProgress
+from tokenmill.pipeline.growth import find_new_files
 from tokenmill.pipeline.preflight import Preflight
 from tokenmill.pipeline.resume import refuse_foreign, refuse_inside, refuse_other, refuse_other_form
 from tokenmill.recipe import Recipe, validate_recipe
@@ -42,6 +43,7 @@ class RunOptions(NamedTuple):
     upload_to: str | None
     keep_local: bool
     engine: ClusterEngine | None
+    only_new: Sequence[Path]
     on_progress: OnProgress
     on_plan: Callable[[Preflight], None]
 
@@ -136,9 +138,17 @@ def find_inputs(
 
 
 def load_agreeing(
-    recipe: Recipe, root: Path, tokenizer_backend: str, store: StoreOptions, *, consolidated: bool
+    recipe: Recipe,
+    root: Path,
+    tokenizer_backend: str,
+    store: StoreOptions,
+    *,
+    consolidated: bool,
+    only_new: Sequence[Path] = (),
 ) -> tuple[Manifest | None, RunInputs]:
     """Load the manifest of a data root, if a run began one, and the inputs, which must agree with it.
+
+    `only_new` names earlier data roots, whose files are left out.
 
     Raises:
         DataRootError: the directory holds something else, or a data root of another recipe, form or corpus.
@@ -152,13 +162,21 @@ def load_agreeing(
     if manifest is not None and manifest.recipe.dataset == without_secrets(recipe.dataset):
         store = store._replace(revision=manifest.source_revision)
     has_older_rules = manifest is not None and manifest.source_rules < RULES
+    only = None
+    if manifest is not None and (has_older_rules or only_new):
+        only = [file.path for file in manifest.files]
+    elif only_new:
+        only = find_new_files(recipe, only_new, store)
     inputs = find_inputs(
         recipe,
         tokenizer_backend=tokenizer_backend,
         revision=_pinned_revision(manifest, recipe),
         store=store,
-        only=[file.path for file in manifest.files] if manifest is not None and has_older_rules else None,
+        only=only,
     )
+    if manifest is None and only_new:
+        names = ", ".join(map(str, only_new))
+        inputs.encoder.notes.append(f"files of the corpus that earlier data roots were made from are left out: {names}")
     refuse_inside(root, inputs.recipe, inputs.corpus)
     encoder = inputs.encoder
     if manifest is not None and encoder.notes and "gigatoken" in manifest.software.get("engine", ""):

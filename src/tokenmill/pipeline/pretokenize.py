@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,15 +51,19 @@ def plan(
     tokenizer_backend: str = "auto",
     consolidated: bool = False,
     store: StoreOptions = _NO_OPTIONS,
+    only_new: Sequence[Path | str] = (),
 ) -> tuple[RunInputs, Preflight]:
     """Return what `pretokenize` would do, without doing it; raise what it would raise before it begins."""
-    manifest, inputs = load_agreeing(recipe, root, tokenizer_backend, store, consolidated=consolidated)
+    earlier = [Path(each) for each in only_new]
+    manifest, inputs = load_agreeing(
+        recipe, root, tokenizer_backend, store, consolidated=consolidated, only_new=earlier
+    )
     try:
         inputs.encoder.require_equal_backends()
     except ProbeError:
         if tokenizer_backend != "auto":
             raise
-        manifest, inputs = load_agreeing(recipe, root, "hf", store, consolidated=consolidated)
+        manifest, inputs = load_agreeing(recipe, root, "hf", store, consolidated=consolidated, only_new=earlier)
     done_tokens = manifest.tokens if manifest else 0
     return inputs, preflight(*inputs, root, workers=workers or available_cores(), done_tokens=done_tokens)
 
@@ -78,6 +82,7 @@ def pretokenize(
     upload_to: str | None = None,
     keep_local: bool = True,
     engine: ClusterEngine | None = None,
+    only_new: Sequence[Path | str] = (),
     on_progress: OnProgress = lambda progress: None,
     on_plan: Callable[[Preflight], None] = lambda plan: None,
 ) -> Summary:
@@ -98,6 +103,8 @@ def pretokenize(
         keep_local: whether shards and their sidecars stay in `root` once they are in the bucket.
         engine: a cluster that encodes and writes (`tokenmill.ray.RayEngine`); None uses threads of this process. `root`
             must be on storage that all its machines share, unless shards do not stay there.
+        only_new: earlier data roots of the same corpus: their files are left out. Which files are in is recorded, so
+            that a run which continues takes the same.
         on_progress: called from the driver's thread as rows are handed over for writing.
         on_plan: called once with the plan, before anything is made.
 
@@ -118,6 +125,7 @@ def pretokenize(
         upload_to,
         keep_local,
         engine,
+        [Path(each) for each in only_new],
         on_progress,
         on_plan,
     )
@@ -134,7 +142,9 @@ def _pretokenize(recipe: Recipe, root: Path, tokenizer_backend: str, options: Ru
     started = time.monotonic()
     consolidated = options.consolidated
     with lock_data_root(root), _hold_on_cluster(root, options):
-        begun, inputs = load_agreeing(recipe, root, tokenizer_backend, options.store, consolidated=consolidated)
+        begun, inputs = load_agreeing(
+            recipe, root, tokenizer_backend, options.store, consolidated=consolidated, only_new=options.only_new
+        )
         manifest = begun or inputs.new_manifest()
         job = Job(root, manifest, inputs, options, open_destination(root, manifest, options))
         atomic.remove_partials(root)

@@ -22,6 +22,11 @@ from tokenmill.recipe import Recipe
 
 log = logging.getLogger("tokenmill")
 
+_GREW = (
+    "to add new files, give them a data root of their own (tokenmill pretokenize --only-new THIS_DATA_ROOT) and view "
+    "both together (docs/views.md); to go on with this one, move the file away"
+)
+
 
 def refuse_foreign(root: Path) -> None:
     """A directory without a manifest must hold nothing we would write over."""
@@ -99,7 +104,7 @@ def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:
             raise SourceChangedError(
                 f"{corpus.name_of(path)}: the source changed since this data root was begun: "
                 f"expected {described[0]}, found {described[1]}",
-                next_step="restore the file, or start in another directory",
+                next_step="restore the file, or start in another directory" if pair[0] is not None else _GREW,
             )
 
 
