@@ -45,14 +45,14 @@ def flags(name: str) -> list[str]:
 def test_commands_flags_and_names_are_frozen() -> None:
     assert sorted(cli.commands) == [
         *("consolidate", "demo", "download", "help", "info", "pretokenize", "receipts", "show", "stats"),
-        *("test-shard", "upload", "verify", "where"),
+        *("test-shard", "upload", "verify", "view", "where"),
     ]
     workers = ["--workers", "--num-proc"]
     speed = [*workers, "--chunk-size", "--tokenizer-backend", "--engine-tokenizer"]
     quiet, as_json = ["-q", "--quiet"], ["--json"]
     straight, bad = ["--consolidated", "--id-scheme"], ["--on-bad-rows", "--max-document-size"]
     store, away = ["--endpoint-url", "--anonymous"], ["--upload-to", "--keep-local"]
-    away += ["--engine", "--ray-address", "--dry-run"]
+    away += ["--engine", "--ray-address", "--only-new", "--dry-run"]
     assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *bad, *store, *away, *quiet, *as_json]
     assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *bad, *store, *quiet]
     files = ["--include", "--exclude", "--shards"]
@@ -66,10 +66,17 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("show") == ["--sample", "--ids", *as_json]
     assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == workers
+    views = cli.commands["view"].commands
+    assert {name: [o for p in views[name].params for o in p.opts if o.startswith("-")] for name in views} == {
+        "plan": [*quiet, *as_json],
+        "build": [*quiet, *as_json],
+        "prove-disjoint": as_json,
+    }
     assert tokenmill.__all__ == [
         *("EpochSampler", "Receipt", "ReceiptWriter", "Recipe", "Selection", "StoreOptions", "Summary"),
-        *("TokenDataset", "TokenmillError", "ValidatorSampler", "WindowSampler", "buffer_order", "check_receipt"),
-        *("consolidate", "download", "load_receipt", "load_recipe", "merge", "pretokenize", "tokenize"),
+        *("TokenDataset", "TokenmillError", "ValidatorSampler", "ViewSource", "ViewSpec", "WindowSampler"),
+        *("buffer_order", "build_view", "check_receipt", "consolidate", "download", "load_receipt", "load_recipe"),
+        *("load_spec", "merge", "plan_view", "pretokenize", "prove_disjoint", "tokenize"),
         *("upload", "verify"),
     ]
     for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time
@@ -94,6 +101,8 @@ def test_help_and_version() -> None:
         "  -h, --help", "  -h, --help"
     )
     assert run_cli("help").stdout == run_cli("--help").stdout
+    assert run_cli("help", "view", "plan").stdout == run_cli("view", "plan", "--help").stdout
+    assert run_cli("help", "view", "nonsense").returncode == run_cli("help", "verify", "more").returncode == 2
     result = run_cli("help", "nonsense")
     assert (result.returncode, "No such command 'nonsense'" in result.stderr) == (2, True)
 

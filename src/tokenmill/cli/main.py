@@ -72,20 +72,19 @@ def cli() -> None:
 
 
 @click.command("help", short_help="Print the help of a command.")
-@click.argument("command", required=False)
+@click.argument("command", nargs=-1)
 @click.pass_context
-def help_command(context: click.Context, command: str | None) -> None:
+def help_command(context: click.Context, command: tuple[str, ...]) -> None:
     """Print the help of COMMAND, or of tokenmill."""
-    above = context.parent
-    assert above is not None
-    if command is None:
-        click.echo(above.get_help())
-        return
-    found = cli.get_command(above, command)
-    if found is None:
-        raise click.UsageError(f"No such command {command!r}.", above)
-    with click.Context(found, above, info_name=command) as inside:
-        click.echo(found.get_help(inside))
+    inside = context.parent
+    assert inside is not None
+    for word in command:
+        group = inside.command
+        found = group.get_command(inside, word) if isinstance(group, click.Group) else None
+        if found is None:
+            raise click.UsageError(f"No such command {word!r}.", inside)
+        inside = click.Context(found, inside, info_name=word)
+    click.echo(inside.get_help())
 
 
 for _command in (
