@@ -62,7 +62,8 @@ def test_commands_flags_and_names_are_frozen() -> None:
     deep = ["--quick", "--deep", "--dataset", "--tokenizer", "--max-document-size", *store, *workers]
     assert flags("verify") == [*deep, *quiet, *as_json]
     assert flags("info") == [*store, *as_json]
-    assert flags("stats") == flags("receipts") == as_json
+    assert flags("stats") == ["--order", *as_json]
+    assert flags("receipts") == as_json
     assert flags("show") == ["--sample", "--ids", *as_json]
     assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
     assert flags("demo") == workers
@@ -70,6 +71,7 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert {name: [o for p in views[name].params for o in p.opts if o.startswith("-")] for name in views} == {
         "plan": [*quiet, *as_json],
         "build": [*quiet, *as_json],
+        "write": ["--shard-size", *workers, *quiet, *as_json],
         "prove-disjoint": as_json,
     }
     assert tokenmill.__all__ == [

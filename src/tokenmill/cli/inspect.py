@@ -117,13 +117,24 @@ def receipts(data_root: Path, receipt: tuple[Path, ...], *, as_json: bool) -> No
 
 @click.command(short_help="Count lengths, frequencies and duplicate samples.")
 @data_root_argument
+@click.option("--order", is_flag=True, help="Instead, measure how far the order of documents is from a random one.")
 @json_option
-def stats(data_root: Path, *, as_json: bool) -> None:
-    """Count lengths of documents, frequencies of tokens, tokens per source file, and samples that occur twice."""
+def stats(data_root: Path, *, order: bool, as_json: bool) -> None:
+    """Count lengths of documents, frequencies of tokens, tokens per source file, and samples that occur twice.
+
+    With --order: how documents of one source file, and of one text, are spread over the data set, beside what a random
+    permutation gives, and beside a shuffle through a buffer. Reads sidecars only.
+    """
     from tokenmill.cli import report
     from tokenmill.cli.progress import byte_display
     from tokenmill.loading import stats as statistics
 
+    if order:
+        from tokenmill.loading.order_quality import order_quality
+
+        quality = order_quality(data_root)
+        print_result(quality, report.order_lines(quality), as_json=as_json)
+        return
     with byte_display(quiet=as_json) as on_progress:
         found = statistics.stats(data_root, on_progress=on_progress)
     print_result(found, report.stats_lines(found), as_json=as_json)

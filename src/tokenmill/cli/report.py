@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
     from tokenmill.loading.info import Info
+    from tokenmill.loading.order_quality import OrderQuality
     from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
     from tokenmill.loading.stats import Stats
     from tokenmill.pipeline.job import RunInputs
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.transfer.selection import TransferReport as Transfer
     from tokenmill.verification.verify import Verification
     from tokenmill.views.disjoint import Disjointness
+    from tokenmill.views.write import WriteReport
 
 
 def plan_lines(prepared: RunInputs, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -366,6 +368,20 @@ def stats_lines(found: Stats) -> list[str]:
     return lines
 
 
+def order_lines(quality: OrderQuality) -> list[str]:
+    """Say how far the order of documents is from a random one."""
+    lines = [
+        f"order of {quality.documents:,} documents; a random permutation lies between `low` and `high` 99 times in 100",
+        "",
+        f"{'found':>12} {'random':>12} {'low':>12} {'high':>12} {'buffer':>12}",
+    ]
+    for measure in quality.measures:
+        figures = (measure.found, measure.random, measure.low, measure.high, measure.buffer)
+        verdict = "as random" if measure.is_random else "NOT random"
+        lines.append("".join(f"{figure:>12.5g} " for figure in figures) + f" {verdict:<10}  {measure.name}")
+    return lines
+
+
 _REASONS = {
     "unfinished": "the stream of its data root ends inside it",
     "where": "its source's condition is not true",
@@ -398,6 +414,16 @@ def view_lines(record: ViewRecord, notes: Sequence[str] = (), duplicates: int | 
         shown.append(f"{source.taken:>13,} {source.documents:>13,}  {source.name}: {source.root}")
         shown += [f"{'':>13} {count:>13,}  left out: {_REASONS[why]}" for why, count in source.left_out.items()]
     return shown
+
+
+def written_lines(found: WriteReport) -> list[str]:
+    """Say what writing a view did."""
+    what = f"{_shards(found.shards)}, {_plural(found.tokens, 'token')}, {_plural(found.documents, 'document')}"
+    if found.status != "complete":
+        return [f"\u2705 {found.root}: {what}: already complete"]
+    rate = count(found.new_tokens / max(1e-9, found.seconds))
+    way = ", through files on disk, as the sources do not fit in memory" if found.through_disk else ""
+    return [f"{count(found.new_tokens)} tokens in {found.seconds:.1f} s, {rate}/s{way}", f"\u2705 {found.root}: {what}"]
 
 
 def disjointness_lines(found: Disjointness) -> list[str]:

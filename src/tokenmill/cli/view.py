@@ -1,4 +1,4 @@
-"""Commands of views: plan, build, prove-disjoint."""
+"""Commands of views: plan, build, write, prove-disjoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from tokenmill.cli.console import catch_signals, print_result
-from tokenmill.cli.options import json_option
+from tokenmill.cli.console import RESUME, catch_signals, log_to, print_result
+from tokenmill.cli.options import Count, json_option, output_argument, worker_count, workers_option
 
 
 @click.group(short_help="Shuffle, split, select and grow data sets without tokenizing again.")
@@ -67,6 +67,37 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
     last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
     lines = [*report.view_lines(built.record, built.notes, built.duplicates), last]
     print_result(built.record, lines, as_json=as_json)
+
+
+@view.command(short_help="Make a data set of its own of a view.")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="VIEW")
+@output_argument
+@click.option("--shard-size", type=Count(1), metavar="TOKENS", help="Tokens per shard.  [default: the first source's]")
+@workers_option
+@_quiet_option
+@json_option
+def write(
+    folder: Path, output: Path, *, shard_size: int | None, workers: int | None, quiet: bool, as_json: bool
+) -> None:
+    """Copy the documents of VIEW, in its order, into shards in the directory OUTPUT: a data set of its own.
+
+    What the view leaves out is not in it; its sidecars say where each document comes from originally. If the sources
+    do not fit in memory, documents pass through files in OUTPUT, which take as much room as the shards once more. After
+    a crash, a kill or Ctrl-C, run the same command again: it resumes, and the bytes are the same.
+    """
+    from tokenmill.cli import report
+    from tokenmill.cli.progress import count_display
+    from tokenmill.dataroot import atomic
+    from tokenmill.views.write import write_view
+
+    atomic.make_root(output)
+    log_to(output)
+    catch_signals(lambda: f"whole shards are kept in {output}; {RESUME}")
+    with count_display("tokens", quiet=quiet or as_json) as on_progress:
+        found = write_view(
+            folder, output, shard_size=shard_size, workers=worker_count(workers), on_progress=on_progress
+        )
+    print_result(found, report.written_lines(found), as_json=as_json)
 
 
 @view.command("prove-disjoint", short_help="Prove that two views share no document.")

@@ -120,6 +120,20 @@ class FileLedger(msgspec.Struct):
     bad: int = 0
 
 
+class ViewOrigin(msgspec.Struct):
+    """The view that a data root was written from; `view_record.ViewRecord` says what the fields mean."""
+
+    seed: Natural
+    shuffle: str
+    holdout: float
+    split: str
+    duplicates: str
+    begins_sha256: str
+    places_sha256: str
+    sources: dict[str, str]
+    """The pin of each source, by its name."""
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """All of `manifest.json`."""
 
@@ -150,6 +164,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Set when the data set is complete."""
     documents_version: Annotated[int, msgspec.Meta(ge=1, le=layout.DOCUMENTS_VERSION)] = 1
     """Of the documents sidecars; see `layout.DOCUMENTS_VERSION`."""
+    view: ViewOrigin | None = None
+    """What the data root was written from, if it was a view: `files` then have the documents taken as their rows."""
     skipped_sha256: str | None = None
     """SHA-256 of `skipped.jsonl`, set when the data set is complete and has one."""
     digests: dict[str, str] = {}

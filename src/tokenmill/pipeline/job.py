@@ -15,16 +15,17 @@ from tokenmill.corpus.corpus import Corpus, find_corpus
 from tokenmill.corpus.location import without_secrets
 from tokenmill.dataroot import layout
 from tokenmill.dataroot import manifest as manifests
+from tokenmill.dataroot.earlier_run import refuse_foreign
 from tokenmill.dataroot.manifest import FileRecord, Manifest, TokenizerRecord
 from tokenmill.encoding.encoder import Encoder
 from tokenmill.encoding.tokenizer import load_tokenizer
-from tokenmill.errors import StorageError
+from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.pipeline.cluster_engine import ClusterEngine
 from tokenmill.pipeline.driver import OnProgress
 from tokenmill.pipeline.growth import find_new_files
 from tokenmill.pipeline.preflight import Preflight
-from tokenmill.pipeline.resume import refuse_foreign, refuse_inside, refuse_other, refuse_other_form
+from tokenmill.pipeline.resume import refuse_inside, refuse_other, refuse_other_form
 from tokenmill.recipe import Recipe, validate_recipe
 
 if TYPE_CHECKING:
@@ -157,6 +158,11 @@ def load_agreeing(
     manifest = manifests.load(root)
     if manifest is None:
         refuse_foreign(root)
+    elif manifest.view is not None:
+        raise DataRootError(
+            f"{root}: was written from a view",
+            next_step="tokenmill view write continues it; choose another directory for other data",
+        )
     elif not manifest.is_begun:  # nothing was made: there is nothing to agree with
         manifest = None
     if manifest is not None and manifest.recipe.dataset == without_secrets(recipe.dataset):

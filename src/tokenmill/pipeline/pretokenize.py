@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot import manifest as manifests
+from tokenmill.dataroot.earlier_run import set_damaged_aside
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.manifest import Consolidated
 from tokenmill.dataroot.proof import choose_scheme, is_whole, prove
@@ -29,7 +30,6 @@ from tokenmill.pipeline.resume import (
     damaged_sidecars,
     missing_ranges,
     refuse_lost_sidecars,
-    set_damaged_aside,
     set_lost_aside,
 )
 from tokenmill.pipeline.summary import Made, Summary, summarize

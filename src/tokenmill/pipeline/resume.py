@@ -6,13 +6,12 @@ counts as done only if the manifest has its record and the file is the one recor
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from tokenmill.corpus.corpus import Corpus
 from tokenmill.dataroot import layout, npy
+from tokenmill.dataroot.earlier_run import sha256_of
 from tokenmill.dataroot.manifest import Consolidated, Manifest, ShardRecord, load_consolidated
 from tokenmill.dataroot.proof import is_whole
 from tokenmill.dataroot.tokens_file import TokensFile
@@ -26,17 +25,6 @@ _GREW = (
     "to add new files, give them a data root of their own (tokenmill pretokenize --only-new THIS_DATA_ROOT) and view "
     "both together (docs/views.md); to go on with this one, move the file away"
 )
-
-
-def refuse_foreign(root: Path) -> None:
-    """A directory without a manifest must hold nothing we would write over."""
-    patterns = (layout.SHARD_GLOB, layout.DOCUMENTS_GLOB, layout.TOKENS, layout.SAMPLE_IDS)
-    found = next((path for pattern in patterns for path in root.glob(pattern)), None)
-    if found is not None:
-        raise DataRootError(
-            f"{root}: {found.name} is there but no {layout.MANIFEST}: the directory holds another data set",
-            next_step="choose another directory, or move those files away",
-        )
 
 
 def refuse_inside(root: Path, recipe: Recipe, corpus: Corpus) -> None:
@@ -148,7 +136,7 @@ def consumed(root: Path) -> Consolidated | None:
 def damaged_sidecars(root: Path, manifest: Manifest) -> list[str]:
     """Return documents sidecars that are missing, or not what the manifest records."""
     names = {layout.documents_name(record.index): record.documents_sha256 for record in manifest.shards}
-    return [name for name, sha256 in names.items() if not (root / name).is_file() or _sha256(root / name) != sha256]
+    return [name for name, sha256 in names.items() if not (root / name).is_file() or sha256_of(root / name) != sha256]
 
 
 def refuse_lost_sidecars(root: Path, manifest: Manifest) -> None:
@@ -182,7 +170,7 @@ def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile, *, with_gap
             or file.stored_nbytes < begin + nbytes
             or file.digest(header, nbytes, at=begin) != record.sha256
             or not documents.is_file()
-            or _sha256(documents) != record.documents_sha256
+            or sha256_of(documents) != record.documents_sha256
         ):
             lost.append(record)
             continue
@@ -194,52 +182,6 @@ def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile, *, with_gap
     for name in names:
         log.warning("%s does not hold what the manifest records as %s; it will be made again", layout.TOKENS, name)
     return names
-
-
-def set_damaged_aside(
-    root: Path, manifest: Manifest, was_sent: Callable[[str], bool] = lambda name: False
-) -> list[str]:
-    """Move the records of shards whose files are missing, torn or foreign to `damaged`; those files' names.
-
-    A shard whose size and modification time are as recorded is trusted; another is hashed. One that is not
-    here but `was_sent` to a store, which has it still, is not missing.
-    """
-    names: list[str] = []
-    records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
-    for record in records:
-        itemsize = npy.token_dtype(manifest.recipe.dtype).itemsize
-        name = _damaged_file(root, record, itemsize, was_sent)
-        if name is None:
-            manifest.add(record)
-        else:
-            names.append(name)
-            manifest.damaged.append(record)
-            log.warning("%s is missing or not the file the manifest records; its shard will be made again", name)
-    return names
-
-
-def _damaged_file(root: Path, record: ShardRecord, itemsize: int, was_sent: Callable[[str], bool]) -> str | None:
-    shard, documents = layout.shard_name(record.index), layout.documents_name(record.index)
-    if not (root / shard).exists() and was_sent(shard) and was_sent(documents):
-        return None
-    try:
-        stat = (root / shard).stat()
-    except FileNotFoundError:
-        return shard
-    if stat.st_size != layout.NPY_HEADER_NBYTES + record.tokens * itemsize:
-        return shard
-    if stat.st_mtime_ns != record.mtime_ns:
-        if _sha256(root / shard) != record.sha256:
-            return shard
-        record.mtime_ns = stat.st_mtime_ns
-    if not (root / documents).is_file() or _sha256(root / documents) != record.documents_sha256:
-        return documents
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def missing_ranges(manifest: Manifest) -> list[tuple[int, int | None]]:

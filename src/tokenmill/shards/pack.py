@@ -95,8 +95,10 @@ class EmittedRows(NamedTuple):
         """Return the tokens that begin at `start` of a batch, `length` of each."""
         batches = cast("list[TokenArray]", self.batches)
         tokens = int(length.sum())
+        ends = start + length
+        if batch[0] == batch[-1] and np.array_equal(start[1:], ends[:-1]) and np.all(batch == batch[0]):
+            return cast(TokenArray, batches[batch[0]][start[0] : ends[-1]])  # they lie one after the other
         if tokens >= SHORT_ROW * len(length):
-            ends = start + length
             pieces = [batches[b][s:e] for b, s, e in zip(batch.tolist(), start.tolist(), ends.tolist(), strict=True)]
             return pieces[0] if len(pieces) == 1 else cast(TokenArray, np.concatenate(pieces))
         # A slice of each row would cost more than its tokens: an index for each token, batch by batch.

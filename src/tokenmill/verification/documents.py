@@ -194,7 +194,9 @@ class DocumentChecks(Checks):
         assert self.job.manifest is not None
         # Of a file that the stream ends in, and that is read front to back, the rows were not counted.
         most = np.iinfo(np.int64).max
-        rows = np.array([most if file.rows is None else file.rows for file in self.job.manifest.files], np.int64)
+        is_view = self.job.manifest.view is not None  # and their numbers are not known where a view was written
+        known_rows = (None if is_view else file.rows for file in self.job.manifest.files)
+        rows = np.array([most if count is None else count for count in known_rows], np.int64)
         known = np.flatnonzero(files >= 0)
         outside = known[(row[known] < 0) | (row[known] >= rows[files[known]])]
         if len(outside):

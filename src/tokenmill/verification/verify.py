@@ -97,6 +97,11 @@ def verify(
             f"({len(job.elsewhere)} such files)",
             next_step="download the rest, or verify without --deep",
         )
+    if deep and job.manifest is not None and job.manifest.view is not None:
+        raise DataRootError(
+            f"{root}: was written from a view, and its corpus is that of the view's data roots",
+            next_step="verify it without --deep, and those data roots with it",
+        )
     if deep and job.manifest is not None:
         verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer, store=store)
     elif deep:

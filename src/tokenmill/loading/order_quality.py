@@ -1,0 +1,225 @@
+"""Order quality: how far the order of documents is from a random one. Reads sidecars only.
+
+Each measure stands beside what a random permutation of the same documents gives, and beside what a shuffle through a
+buffer gives, as `pretokenize` makes it of the same documents in the order of the corpus.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.corpus.order import file_order, row_order
+from tokenmill.errors import DataRootError
+from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.samplers import permute
+from tokenmill.loading.view import OpenView, open_root, sample_key
+
+BUFFER_SIZE, SEED = 10_000, 42
+"""Of the buffer that is compared with: what recipes have by default."""
+_WINDOWS = 32
+"""Windows of tokens, at least, in which source files are counted."""
+_LEAST_EXPECTED = 5
+"""Documents of a file in a window, in the mean; rarer files are counted together."""
+_SIGMAS = 2.576
+"""Of a normal distribution, 99% lie within so many standard deviations."""
+
+
+class Measure(msgspec.Struct):
+    """A figure of an order of documents."""
+
+    name: str
+    found: float
+    random: float
+    """What a random permutation gives in the mean; 99 of 100 lie between `low` and `high`."""
+    low: float
+    high: float
+    buffer: float
+    """What a shuffle through a buffer gives."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a random permutation would give as much."""
+        return self.low <= self.found <= self.high
+
+
+class OrderQuality(msgspec.Struct, kw_only=True):
+    """How far the order of documents is from a random one."""
+
+    documents: int
+    window_tokens: int
+    """Size of the windows in which source files are counted: a power of two."""
+    measures: list[Measure]
+
+
+class DocumentOrder(NamedTuple):
+    """Documents in some order; arrays of shape `(documents,)`."""
+
+    file: NDArray[np.int64]
+    """Number of the source file, in the order of their names."""
+    row: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    identity: NDArray[np.uint64] | None
+    """Hash of the text; None where there are none."""
+
+    def taken(self, at: NDArray[np.int64]) -> DocumentOrder:
+        identity = None if self.identity is None else self.identity[at]
+        return DocumentOrder(self.file[at], self.row[at], self.tokens[at], identity)
+
+
+def order_quality(root: Path) -> OrderQuality:
+    """Measure the order of the documents of a data root or a view.
+
+    Raises:
+        DataRootError: it is not finished, has no documents sidecars, or fewer than three documents.
+    """
+    found = open_root(root)
+    order = order_of(found)
+    if len(order.file) < 3:
+        raise DataRootError(f"{root}: an order needs three documents or more", next_step="give a larger data set")
+    window = 1 << max(0, (int(order.tokens.sum()) // _WINDOWS).bit_length() - 1)
+    corpus = order.taken(np.lexsort((order.row, order.file)))
+    shuffled = corpus.taken(_through_buffer(corpus.file))
+    pairs = zip(measured(order, window), measured(shuffled, window), strict=True)
+    measures = [msgspec.structs.replace(measure, buffer=other.found) for measure, other in pairs]
+    return OrderQuality(documents=len(order.file), window_tokens=window, measures=measures)
+
+
+def order_of(found: DataRoot | OpenView) -> DocumentOrder:
+    """Return the documents of a data root or a view in their order."""
+    return _of_view(found) if isinstance(found, OpenView) else _of_root(found)
+
+
+def measured(order: DocumentOrder, window: int) -> list[Measure]:
+    """Return the measures of an order, without what a buffer gives; `window` is in tokens."""
+    distance = None if order.identity is None else _duplicate_distance(order)
+    every = [_neighbours(order), _windows(order, window), _correlation(order), distance]
+    return [measure for measure in every if measure is not None]
+
+
+def _of_root(found: DataRoot) -> DocumentOrder:
+    numbers = {path: number for number, path in enumerate(sorted(file.path for file in found.files))}
+    columns: list[list[NDArray[np.int64]]] = []
+    hashes: list[NDArray[np.uint64]] = []
+    for table in found.documents().tables():
+        if not len(table):
+            continue
+        source = table["source"].combine_chunks()
+        files = np.array([numbers.get(path, -1) for path in source.dictionary.to_pylist()], np.int64)
+        columns.append([files[source.indices.to_numpy()], table["row"].to_numpy(), table["tokens"].to_numpy()])
+        if "text_xxh3" in table.column_names:
+            hashes.append(table["text_xxh3"].to_numpy())
+    file, row, tokens = (np.concatenate(each) for each in zip(*columns, strict=True))
+    return DocumentOrder(file, row, tokens, np.concatenate(hashes) if len(hashes) == len(columns) else None)
+
+
+def _of_view(found: OpenView) -> DocumentOrder:
+    index = found.open_index()
+    starts = index.begins[:-1].copy()
+    if found.view.shuffle == "samples":
+        whole = starts < found.view.samples * found.seq_len
+        samples = (starts[whole] // found.seq_len).astype(np.uint64)
+        moved = permute(samples, found.view.samples, sample_key(found.view.seed), inverse=True).astype(np.int64)
+        starts[whole] = moved * found.seq_len + starts[whole] % found.seq_len
+    rank = np.argsort(np.argsort(starts, kind="stable"), kind="stable")
+    by_place = np.argsort(index.places, kind="stable")
+    file, row, tokens = (np.empty(len(rank), np.int64) for _ in range(3))
+    identity = np.empty(len(rank), np.uint64)
+    base = files = 0
+    has_hashes = True
+    for source, root in zip(found.view.sources, found.sources, strict=True):
+        part = _of_root(root)
+        here = by_place[np.searchsorted(index.places[by_place], base) :]
+        here = here[: int(np.searchsorted(index.places[here], base + source.tokens))]
+        begins = np.cumsum(part.tokens) - part.tokens
+        at = np.searchsorted(begins, index.places[here] - base)
+        to = rank[here]
+        file[to], row[to], tokens[to] = part.file[at] + files, part.row[at], part.tokens[at]
+        if part.identity is None:
+            has_hashes = False
+        else:
+            identity[to] = part.identity[at]
+        base, files = base + source.tokens, files + len(root.files)
+    return DocumentOrder(file, row, tokens, identity if has_hashes else None)
+
+
+def _through_buffer(file: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return documents, sorted by file, in the order in which they leave the buffer."""
+    files, counts = np.unique(file, return_counts=True)
+    starts = np.cumsum(counts) - counts
+    sequence = file_order(len(files), kind="buffer", seed=SEED)
+    read = np.concatenate([np.arange(starts[each], starts[each] + counts[each]) for each in sequence.tolist()])
+    order = row_order("buffer", seed=SEED, buffer_size=BUFFER_SIZE)
+    emitted: NDArray[np.int64] = read[np.concatenate([order.push(len(read)), order.finish()])]
+    return emitted
+
+
+def _measure(name: str, found: float, mean: float, deviation: float) -> Measure:
+    reach = _SIGMAS * deviation
+    return Measure(name, found, mean, mean - reach, mean + reach, math.nan)
+
+
+def _neighbours(order: DocumentOrder) -> Measure:
+    """The share of neighbours from one file; runs of equal ones have a known mean and variance (W. A. Wallis 1952)."""
+    n = len(order.file)
+    counts = np.unique(order.file, return_counts=True)[1].astype(float)
+    squares, cubes = float((counts**2).sum()), float((counts**3).sum())
+    runs = (n * (n + 1.0) - squares) / n
+    variance = (squares * (squares + n * (n + 1.0)) - 2.0 * n * cubes - float(n) ** 3) / (float(n) ** 2 * (n - 1.0))
+    found = float(np.mean(order.file[1:] == order.file[:-1]))
+    deviation = math.sqrt(max(0.0, variance)) / (n - 1)
+    return _measure("neighbours from one source file", found, (n - runs) / (n - 1), deviation)
+
+
+def _windows(order: DocumentOrder, window: int) -> Measure:
+    """Pearson's chi-square of how many documents of each file begin in each window, by its degrees of freedom."""
+    starts = np.cumsum(order.tokens) - order.tokens
+    which = starts // window
+    windows = int(which[-1]) + 1
+    file = np.unique(order.file, return_inverse=True)[1]
+    per_file = np.bincount(file)
+    rare = per_file < _LEAST_EXPECTED * windows
+    number = np.where(rare, 0, np.cumsum(~rare))  # rare files together are number 0
+    kinds = int(number.max()) + 1
+    table = np.bincount(which * kinds + number[file], minlength=windows * kinds).reshape(windows, kinds).astype(float)
+    table = table[:, table.sum(0) > 0]
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
+    freedom = (windows - 1) * (table.shape[1] - 1)
+    name = f"chi-square of source files in windows of {window:,} tokens, by degrees of freedom"
+    if freedom == 0:
+        return _measure(name, 1.0, 1.0, 0.0)
+    chi_square = float(((table - expected) ** 2 / np.maximum(expected, 1e-12)).sum())
+    return _measure(name, chi_square / freedom, 1.0, math.sqrt(2.0 / freedom))
+
+
+def _correlation(order: DocumentOrder) -> Measure:
+    """Spearman's rank correlation of the position in the corpus with the position in the order."""
+    n = len(order.file)
+    rank = np.empty(n)
+    rank[np.lexsort((order.row, order.file))] = np.arange(n)
+    found = float(np.corrcoef(rank, np.arange(n))[0, 1])
+    return _measure("rank correlation with the order of the corpus", found, 0.0, 1.0 / math.sqrt(n - 1))
+
+
+def _duplicate_distance(order: DocumentOrder) -> Measure | None:
+    """The mean distance of a document from the next one of the same text; None if no text occurs twice."""
+    assert order.identity is not None
+    n = len(order.identity)
+    ranked = np.argsort(order.identity, kind="stable")
+    same = order.identity[ranked[1:]] == order.identity[ranked[:-1]]
+    if not same.any():
+        return None
+    distances = np.diff(ranked)[same]
+    sizes = np.unique(order.identity, return_counts=True)[1].astype(float)
+    sizes = sizes[sizes > 1]
+    gaps = sizes - 1.0
+    mean = float((gaps * (n + 1.0) / (sizes + 1.0)).sum() / gaps.sum())
+    # The span of g places among n, drawn without order, has this variance; its gaps are as many less one.
+    spans = (n + 1.0) * (n - sizes) * 2.0 * (sizes - 1.0) / ((sizes + 1.0) ** 2 * (sizes + 2.0))
+    deviation = math.sqrt(float(spans.sum())) / float(gaps.sum())
+    return _measure("mean distance of a text from its next occurrence", float(distances.mean()), mean, deviation)
