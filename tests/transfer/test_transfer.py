@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tenacity
 
@@ -35,6 +36,9 @@ from tokenmill.transfer.selection import Selection, TransferredFile, shard_range
 from tokenmill.transfer.stores import FolderStore, StoredFile, checked_path
 from tokenmill.transfer.upload import part_nbytes
 from tokenmill.transfer.upload import send as upload
+from tokenmill.verification.verify import verify
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec, load_spec
 
 
 def pending(endpoint: str, prefix: str) -> list[str]:
@@ -504,3 +508,28 @@ def test_folder_store_lists_what_belongs_to_the_data_set(root: Path) -> None:
     (root / "x.partial").write_bytes(b"")
     (root / "tokenmill.log").write_text("")
     assert set(FolderStore(root).files()) == set(contents(root)) - {"x.partial"}
+
+
+def test_views_travel_with_their_digests(server: str, root: Path, tmp_path: Path) -> None:
+    """The record last; a view without its index, or another one in the same place, is refused."""
+    (tmp_path / "view.toml").write_text('[[sources]]\nname = "s"\nroot = "root"\n')
+    build_view(load_spec(tmp_path / "view.toml"), tmp_path / "view")
+    view, there = tmp_path / "view", store(server, "views/view")
+    checked = {file.path: file.checked for file in upload(view, there).files}
+    assert checked == {"view_begins.bin": "sha256", "view_places.bin": "sha256", "view.json": "etag"}
+    upload(root, store(server, "views/root"))
+    assert {each.checked for each in download(there, tmp_path / "new" / "view").files} == {"sha256", "twice"}
+    download(store(server, "views/root"), tmp_path / "new" / "root")
+    assert verify(tmp_path / "new" / "view").passed
+    assert np.array_equal(TokenDataset(tmp_path / "new" / "view")[:], TokenDataset(view)[:])
+    build_view(ViewSpec(sources=[ViewSource(name="s", root=str(root))], seed=1), tmp_path / "other")
+    with pytest.raises(errors.DataRootError, match="holds another view"):
+        upload(tmp_path / "other", there)
+    with pytest.raises(errors.DataRootError, match="holds another view"):
+        download(there, tmp_path / "other")
+    (view / "view_places.bin").unlink()
+    with pytest.raises(errors.DataRootError, match=r"view_places\.bin is missing"):
+        upload(view, store(server, "views/lost"))
+    s3_client(server).delete_object(Bucket="bucket", Key="views/view/view_begins.bin")
+    with pytest.raises(errors.StorageError, match=r"view_begins\.bin is not there"):
+        download(store(server, "views/view"), tmp_path / "partial")

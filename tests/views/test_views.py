@@ -245,7 +245,7 @@ def test_documents_keep_their_order_when_others_are_added(roots: dict[str, Path]
 
 def test_equal_keys_fall_back_on_names(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """So the order is defined even where hashes collide; here all do."""
-    monkeypatch.setattr("tokenmill.views.build.document_keys", lambda keys, row: (row % 2).astype(np.uint64))
+    monkeypatch.setattr("tokenmill.views.choice.document_keys", lambda keys, row: (row % 2).astype(np.uint64))
     spec = ViewSpec(sources=[ViewSource(name=name, root=str(roots[name])) for name in ("web", "code")])
     rows, _ = reference(msgspec.structs.replace(spec, shuffle="none"), set())
     rows.sort(key=lambda row: (row.row % 2, row.name, row.file, row.row))

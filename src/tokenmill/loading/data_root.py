@@ -56,8 +56,12 @@ class TokenStream:
         self._files = [MappedArray(piece, dtype) for piece in pieces]
         self._starts = np.cumsum([0, *(piece.tokens for piece in pieces)])
         self.tokens = int(self._starts[-1])
-        self._resident_nbytes = 0
-        self._allowed_nbytes = RESIDENT_NBYTES
+        self._read_nbytes = 0
+        self._resident_limit = self._allowed_nbytes = RESIDENT_NBYTES
+
+    def limit_resident(self, nbytes: int) -> None:
+        """Let go of mapped pages earlier than when `RESIDENT_NBYTES` are resident."""
+        self._resident_limit = self._allowed_nbytes = nbytes
 
     @property
     def whole(self) -> NDArray[Any] | None:
@@ -96,15 +100,16 @@ class TokenStream:
 
         What could have become resident is counted; what is, is measured when that is too much.
         """
-        self._resident_nbytes += nbytes + places * _FAULT_NBYTES
-        if self._resident_nbytes <= RESIDENT_NBYTES // 4 or self.tokens * self.dtype.itemsize < RESIDENT_NBYTES:
+        limit = self._resident_limit
+        self._read_nbytes += nbytes + places * _FAULT_NBYTES
+        if self._read_nbytes <= limit // 4 or self.tokens * self.dtype.itemsize < limit:
             return
-        self._resident_nbytes = 0
-        if mapped_nbytes() + RESIDENT_NBYTES // 4 >= self._allowed_nbytes:
+        self._read_nbytes = 0
+        if mapped_nbytes() + limit // 4 >= self._allowed_nbytes:
             for file in self._files:
                 file.release()
             # What is left is not ours to let go of.
-            self._allowed_nbytes = max(RESIDENT_NBYTES, mapped_nbytes() + RESIDENT_NBYTES // 2)
+            self._allowed_nbytes = max(limit, mapped_nbytes() + limit // 2)
 
 
 def mapped_nbytes() -> int:

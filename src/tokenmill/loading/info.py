@@ -75,7 +75,7 @@ def _info_of_store(url: str, options: StoreOptions) -> Info:
 
     store = open_store(url, options)
     present = store.files()
-    manifest, record = stored_records(store, present)
+    manifest, record, _ = stored_records(store, present)
     if manifest is None and record is None:
         raise DataRootError(
             f"{url}: expected {layout.MANIFEST} or {layout.CONSOLIDATED} there, found neither",

@@ -8,6 +8,7 @@ from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot.manifest import Manifest, ShardRecord
 from tokenmill.errors import StorageError
 from tokenmill.options import StoreOptions
+from tokenmill.transfer.selection import Records
 from tokenmill.transfer.stores import BucketStore, FolderStore, open_store
 from tokenmill.transfer.upload import Sender
 
@@ -36,7 +37,7 @@ class Destination:
         self._root = root
         self._manifest = manifest
         self._keep_local = keep_local
-        self.sender = Sender(root, opened, manifest)
+        self.sender = Sender(root, opened, Records(manifest))
 
     def send_shard(self, record: ShardRecord) -> None:
         """Send a finished shard and its sidecar, the sidecar first."""

@@ -33,6 +33,7 @@ from tokenmill.pipeline.leftovers import PREFIX, process_space, remove_leftovers
 from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.shard import ShardWriter
 from tokenmill.shards.token_sink import FileSink, RangeSink, TokenSink
+from tokenmill.transfer.selection import Records
 from tokenmill.transfer.stores import BucketStore, FolderStore, StoredFile
 from tokenmill.transfer.upload import Sender
 
@@ -276,7 +277,7 @@ def _shard_folder(context: TaskContext) -> Iterator[Path]:
 def _send(context: TaskContext, root: Path, record: ShardRecord) -> MadeShard:
     assert context.upload_to is not None
     store = BucketStore(context.upload_to, context.store)
-    sender = Sender(root, store, None, remembers=False)
+    sender = Sender(root, store, Records(), remembers=False)
     here = FolderStore(root)
     names = {
         layout.documents_name(record.index): record.documents_sha256,

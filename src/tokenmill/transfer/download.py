@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.lock import lock_data_root
-from tokenmill.dataroot.manifest import Consolidated, Manifest
+from tokenmill.dataroot.manifest import Consolidated, Manifest, Record
+from tokenmill.dataroot.view_record import ViewRecord, load_view
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBytes, StoreOptions
 from tokenmill.remote.etag import ETagHasher
@@ -30,6 +31,7 @@ from tokenmill.transfer.journal import Journal
 from tokenmill.transfer.selection import (
     EVERYTHING,
     RECORDS,
+    Records,
     Selection,
     Sha256,
     TransferredFile,
@@ -41,6 +43,8 @@ from tokenmill.transfer.stores import BucketStore, FolderStore, Store, StoredFil
 
 PART_NBYTES = 16 << 20
 FILES_AT_ONCE = 4
+T = TypeVar("T", bound=Record)
+
 _PARTS_AHEAD = 1
 """Per file; memory is FILES_AT_ONCE × (_PARTS_AHEAD + 2) × PART_NBYTES."""
 
@@ -94,8 +98,8 @@ def bring(
     started = time.monotonic()
     listed = store.files()
     records = {name: _read_record(store, listed[name]) for name in RECORDS if name in listed}
-    manifest, record = _decoded(store.name, records)
-    if selection.is_whole and (lost := missing(manifest, record, listed)):
+    known = _decoded(store.name, records)
+    if selection.is_whole and (lost := missing(known, listed)):
         raise StorageError(
             f"{store.name}: {lost[0]} is not there, but its records speak of it ({len(lost)} such files)",
             next_step="upload the data set again, or name the files you want with --include",
@@ -106,7 +110,7 @@ def bring(
     if not wanted:
         what = f"none of the {len(listed)} files there is meant" if listed else "no files there"
         raise StorageError(f"{store.name}: {what}", next_step="check the URL and the patterns")
-    refuse_other(root, manifests.load(root) if root.is_dir() else None, manifest)
+    refuse_other(root, local_records(root) if root.is_dir() else Records(), known)
     if dry_run:
         journal = Journal(root, store.name)
         moved = [
@@ -118,7 +122,7 @@ def bring(
         return _report(store, root, moved, started, dry_run=True)
     atomic.make_root(root)
     with lock_data_root(root):
-        run = Download(store, root, wanted, digests(manifest, record), on_progress)
+        run = Download(store, root, wanted, digests(known), on_progress)
         moved = run.fetch({name: data for name, data in records.items() if name in wanted})
         if not selection.is_whole:
             run.note_elsewhere(file for path, file in listed.items() if path not in wanted)
@@ -156,37 +160,48 @@ def _read_record(store: Store, file: StoredFile) -> bytes:
     raise StorageError(f"{store.name}/{file.path}: arrives differently each time", next_step="check the network")
 
 
-def stored_records(store: Store, listed: dict[str, StoredFile]) -> tuple[Manifest | None, Consolidated | None]:
+def local_records(root: Path) -> Records:
+    """Return the records of a directory; None where it has none."""
+    return Records(manifests.load(root), manifests.load_consolidated(root), load_view(root))
+
+
+def stored_records(store: Store, listed: dict[str, StoredFile]) -> Records:
     """Return the records of a store; None where it has none."""
     return _decoded(store.name, {name: _read_record(store, listed[name]) for name in RECORDS if name in listed})
 
 
-def _decoded(name: str, records: dict[str, bytes]) -> tuple[Manifest | None, Consolidated | None]:
+def _decoded(name: str, records: dict[str, bytes]) -> Records:
     """Return the records, if they are tokenmill's."""
+
+    def decode(file: str, kind: type[T]) -> T | None:
+        return manifests.decode(records[file], kind, name) if file in records else None
+
     try:
-        manifest = manifests.decode(records[layout.MANIFEST], Manifest, name) if layout.MANIFEST in records else None
-        record = (
-            manifests.decode(records[layout.CONSOLIDATED], Consolidated, name)
-            if layout.CONSOLIDATED in records
-            else None
+        return Records(
+            decode(layout.MANIFEST, Manifest),
+            decode(layout.CONSOLIDATED, Consolidated),
+            decode(layout.VIEW, ViewRecord),
         )
     except DataRootError as error:
         raise StorageError(error.message, next_step="leave it out: --exclude '*.json'") from None
-    return manifest, record
 
 
-def refuse_other(place: Path | str, there: Manifest | None, coming: Manifest | None) -> None:
+def refuse_other(place: Path | str, there: Records, coming: Records) -> None:
     """What a place holds already must be of the data set that comes to it.
 
     Raises:
         DataRootError: otherwise.
     """
-    if there is not None and coming is not None and not there.is_of(coming):
+    step = "choose another place, or delete what is there"
+    one, other = there.manifest, coming.manifest
+    if one is not None and other is not None and not one.is_of(other):
         raise DataRootError(
-            f"{place}: holds another data set: its manifest is of another recipe (fingerprint {there.fingerprint} "
-            f"there, {coming.fingerprint} here), tokenizer or corpus",
-            next_step="choose another place, or delete what is there",
+            f"{place}: holds another data set: its manifest is of another recipe (fingerprint {one.fingerprint} "
+            f"there, {other.fingerprint} here), tokenizer or corpus",
+            next_step=step,
         )
+    if None not in (there.view, coming.view) and there.view != coming.view:
+        raise DataRootError(f"{place}: holds another view, which trainers may rely on", next_step=step)
 
 
 class _Fetched(NamedTuple):

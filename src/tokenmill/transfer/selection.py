@@ -15,9 +15,10 @@ import msgspec
 
 from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import Consolidated, Manifest
+from tokenmill.dataroot.view_record import ViewRecord
 from tokenmill.errors import StorageError
 
-RECORDS = (layout.CONSOLIDATED, layout.MANIFEST)
+RECORDS = (layout.CONSOLIDATED, layout.MANIFEST, layout.VIEW)
 """Travel last, in this order: who finds the manifest finds all it speaks of."""
 
 
@@ -82,9 +83,20 @@ class TransferReport(msgspec.Struct, kw_only=True):
         return [file for file in self.files if not file.was_there]
 
 
-def digests(manifest: Manifest | None, record: Consolidated | None) -> dict[str, str]:
+class Records(NamedTuple):
+    """What is recorded of a data root or a view; None where there is no such record."""
+
+    manifest: Manifest | None = None
+    record: Consolidated | None = None
+    view: ViewRecord | None = None
+
+
+def digests(records: Records) -> dict[str, str]:
     """SHA-256 by path of all that the records speak of."""
+    manifest, record, view = records
     known: dict[str, str] = {}
+    if view is not None:
+        known[layout.VIEW_BEGINS], known[layout.VIEW_PLACES] = view.begins_sha256, view.places_sha256
     if record is not None:
         for index, copied in enumerate(record.shards):
             known[layout.shard_name(index)] = copied.sha256
@@ -99,11 +111,13 @@ def digests(manifest: Manifest | None, record: Consolidated | None) -> dict[str,
     return known
 
 
-def missing(manifest: Manifest | None, record: Consolidated | None, present: Iterable[str]) -> list[str]:
+def missing(records: Records, present: Iterable[str]) -> list[str]:
     """Return the names of files that the records name and that are in neither place."""
+    manifest, record, view = records
     there = set(present)
     joined = record is not None and record.complete
     wanted = [layout.TOKENS, layout.SAMPLE_IDS] if joined else []
+    wanted += [layout.VIEW_BEGINS, layout.VIEW_PLACES] if view is not None else []
     if manifest is not None:
         wanted += [layout.documents_name(shard.index) for shard in manifest.shards]
         wanted += [layout.SKIPPED] if manifest.skipped_sha256 is not None else []

@@ -16,19 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tokenmill.dataroot import layout
-from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.lock import lock_data_root
-from tokenmill.dataroot.manifest import Manifest
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBytes, StoreOptions
 from tokenmill.remote.etag import ETagHasher, md5_etag, parts_etag
 from tokenmill.remote.retry import AnswerError, ChangedError, TransientError
 from tokenmill.remote.s3 import S3Object, UploadedPart
-from tokenmill.transfer.download import bring, refuse_other, stored_records
+from tokenmill.transfer.download import bring, local_records, refuse_other, stored_records
 from tokenmill.transfer.journal import Journal
 from tokenmill.transfer.selection import (
     EVERYTHING,
     RECORDS,
+    Records,
     Selection,
     TransferredFile,
     TransferReport,
@@ -101,7 +100,7 @@ def send(
         raise DataRootError(f"{root}: no file there that is meant", next_step="check the directory and the patterns")
     for path in wanted:
         checked_path(path, str(root))  # what could never be downloaded again is not uploaded
-    sender = Sender(root, store, manifests.load(root), on_progress)
+    sender = Sender(root, store, local_records(root), on_progress)
     if dry_run:
         there = {path: sender.is_there(file) for path, file in wanted.items()}
         moved = [
@@ -127,7 +126,7 @@ class Sender:
     Args:
         root: the data root.
         store: where to; listed once, now.
-        coming: the manifest of what is to be sent, which must be that of what is there, if there is one.
+        coming: the records of what is to be sent, which must be of the same data set as those that are there, if any.
         on_progress: called with bytes that travelled and bytes that are to.
         remembers: whether `transfers.json` of the data root is kept; False where others send from it, too.
     """
@@ -136,7 +135,7 @@ class Sender:
         self,
         root: Path,
         store: BucketStore,
-        coming: Manifest | None,
+        coming: Records,
         on_progress: OnBytes = lambda done, total: None,
         *,
         remembers: bool = True,
@@ -146,7 +145,7 @@ class Sender:
         self._store = store
         self._on_progress = on_progress
         self._there = store.files()
-        refuse_other(store.name, stored_records(store, self._there)[0], coming)
+        refuse_other(store.name, stored_records(store, self._there), coming)
         self._journal = Journal(root, store.name) if remembers else None
         self._lock = threading.Lock()
         self._done_nbytes = 0
@@ -181,10 +180,10 @@ class Sender:
 
     def send(self, wanted: dict[str, StoredFile]) -> list[TransferredFile]:
         """Send files, the records last, and look whether all arrived."""
-        manifest, record = manifests.load(self._root), manifests.load_consolidated(self._root)
-        known = digests(manifest, record)
-        if layout.MANIFEST in wanted:
-            lost = missing(manifest, record, {*wanted, *self._there})
+        records = local_records(self._root)
+        known = digests(records)
+        if layout.MANIFEST in wanted or layout.VIEW in wanted:
+            lost = missing(records, {*wanted, *self._there})
             if lost:
                 raise DataRootError(
                     f"{self._root}: {lost[0]} is missing, and the store has none ({len(lost)} such files)",
@@ -202,7 +201,10 @@ class Sender:
                     files.shutdown(cancel_futures=True)
                     raise
             for name in RECORDS:
-                if name == layout.MANIFEST:  # all that it speaks of must be there as it should before it goes
+                if name in (
+                    layout.MANIFEST,
+                    layout.VIEW,
+                ):  # all that it speaks of must be there as it should before it goes
                     self._look([file.path for file in moved] + [each for each in known if each in self._there])
                 if name in wanted:
                     moved.append(self.send_file(wanted[name], None))

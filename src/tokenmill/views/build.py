@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,21 +17,13 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.view_record import SourceRecord, ViewRecord, load_view, pin_of
 from tokenmill.errors import DataRootError, RecipeError
-from tokenmill.views.catalogue import Catalogue, Documents
-from tokenmill.views.order import document_keys, file_key, is_held_out
+from tokenmill.views.catalogue import Catalogue
+from tokenmill.views.choice import DUPLICATE, OnDocuments, bases_of, choose, find_repeats, order_by_key
 from tokenmill.views.removal import RemovalList, load_removals
-from tokenmill.views.spec import ViewSource, ViewSpec, validate_spec
-from tokenmill.views.sql import Condition
-
-OnDocuments = Callable[[int, int], None]
-"""Called with documents read and documents to read."""
+from tokenmill.views.spec import ViewSpec, validate_spec
 
 _WRITTEN = 1 << 20
 """Entries of the index that are written at once."""
-
-UNFINISHED, WHERE, REMOVED, SPLIT, DUPLICATE = "unfinished", "where", "removed", "split", "duplicate"
-"""Why a document is not in a view: the stream of its data root ends inside it; the condition is not true; the removal
-list names it; it is on the other side of the holdout; an earlier document has the same text."""
 
 
 class Built(NamedTuple):
@@ -45,20 +36,6 @@ class Built(NamedTuple):
     """What a user should know of it."""
     duplicates: int
     """Documents of the view whose text an earlier one has as well."""
-
-
-class _Chosen(NamedTuple):
-    """Documents of all sources that are taken; every array has shape `(documents,)`."""
-
-    place: NDArray[np.int64]
-    length: NDArray[np.int64]
-    identity: NDArray[np.uint64]
-    source: NDArray[np.int32]
-    file: NDArray[np.int32]
-    row: NDArray[np.int64]
-
-    def taken(self, at: NDArray[np.int64] | NDArray[np.bool_]) -> _Chosen:
-        return _Chosen._make(column[at] for column in self)
 
 
 def plan_view(spec: ViewSpec, *, on_progress: OnDocuments = lambda done, total: None) -> Built:
@@ -79,23 +56,34 @@ def plan_view(spec: ViewSpec, *, on_progress: OnDocuments = lambda done, total: 
         for source, catalogue in zip(spec.sources, catalogues, strict=True)
     ]
     left_out: list[dict[str, int]] = [{} for _ in catalogues]
-    chosen = _choose(spec, catalogues, removals, left_out, on_progress)
-    first = _first_of_each(chosen, catalogues)
-    duplicates = len(first) - int(np.count_nonzero(first))
+    choice = choose(spec, catalogues, removals, left_out, on_progress)
+    repeats = find_repeats(choice, catalogues)
     if spec.duplicates == "first":
-        for number, counts in enumerate(left_out):
-            if count := int(np.count_nonzero(~first & (chosen.source == number))):
-                counts[DUPLICATE] = count
-        chosen = chosen.taken(first)
-        duplicates = 0
-    chosen = chosen.taken(_order(spec, chosen, catalogues))
-    record = _record(spec, catalogues, removals, chosen, left_out)
+        kept = np.ones(len(choice.place), bool)
+        kept[repeats] = False
+        counts = np.diff(np.searchsorted(choice.place[repeats], bases_of(catalogues))).tolist()
+        for reasons, count in zip(left_out, counts, strict=True):
+            if count:
+                reasons[DUPLICATE] = count
+        choice = choice.taken(kept)
+        repeats = repeats[:0]
+    taken = np.diff(np.searchsorted(choice.place, bases_of(catalogues))).tolist()
+    place, length = choice.place, choice.length
+    if spec.shuffle == "documents":
+        choice = choice._replace(identity=choice.identity[:0].copy())  # frees it
+        order = order_by_key(choice, catalogues)
+        del choice
+        place, length = place[order], length[order]
+    begins = np.zeros(len(place) + 1, np.int64)
+    np.cumsum(length, out=begins[1:])
+    record = _record(spec, catalogues, removals, taken, left_out)
+    record.documents, record.tokens = len(place), int(begins[-1])
     notes = [
         f"source {catalogue.name}: its sidecars have no hashes of text, so documents are told apart by their tokens"
         for catalogue in catalogues
         if catalogue.identity == "tokens"
     ]
-    return Built(record, np.concatenate([[0], np.cumsum(chosen.length)]), chosen.place, notes, duplicates)
+    return Built(record, begins, place, notes, len(repeats))
 
 
 def build_view(
@@ -169,124 +157,11 @@ def _refuse_mixed(catalogues: list[Catalogue]) -> None:
                 )
 
 
-def _choose(
-    spec: ViewSpec,
-    catalogues: list[Catalogue],
-    removals: list[RemovalList],
-    left_out: list[dict[str, int]],
-    on_progress: OnDocuments,
-) -> _Chosen:
-    """Return the documents that are taken, source after source in stream order, and count the others."""
-    found: list[_Chosen] = []
-    total = sum(catalogue.manifest.documents for catalogue in catalogues)
-    done = base = 0
-    for number, (source, catalogue) in enumerate(zip(spec.sources, catalogues, strict=True)):
-        with ExitStack() as stack:
-            condition = _condition(source, stack)
-            for table, documents in catalogue.tables():
-                reasons: list[tuple[str, NDArray[np.bool_]]] = [
-                    (UNFINISHED, documents.start + documents.length > catalogue.stream.tokens)
-                ]
-                if condition is not None:
-                    failed = np.ones(len(table), bool)
-                    failed[condition.rows(table)] = False
-                    reasons.append((WHERE, failed))
-                reasons.append((REMOVED, removals[number].matches(documents)))
-                if spec.holdout:
-                    held_out = is_held_out(documents.identity, spec.holdout)
-                    reasons.append((SPLIT, held_out if spec.split == "train" else ~held_out))
-                kept = _count(reasons, left_out[number], len(table))
-                found.append(_taken(documents.chosen(kept), base, number))
-                done += len(table)
-                on_progress(done, total)
-        base += catalogue.stream.tokens
-    return _Chosen._make(np.concatenate(columns) for columns in zip(*found, strict=True))
-
-
-def _condition(source: ViewSource, stack: ExitStack) -> Condition | None:
-    if source.where is None:
-        return None
-    return stack.enter_context(Condition(source.where, f"source {source.name!r}: where"))
-
-
-def _count(reasons: list[tuple[str, NDArray[np.bool_]]], counts: dict[str, int], documents: int) -> NDArray[np.bool_]:
-    """Return which documents are kept; each of the others counts for the first reason there is against it."""
-    kept = np.ones(documents, bool)
-    for reason, applies in reasons:
-        if count := int(np.count_nonzero(kept & applies)):
-            counts[reason] = counts.get(reason, 0) + count
-        kept &= ~applies
-    return kept
-
-
-def _taken(documents: Documents, base: int, source: int) -> _Chosen:
-    return _Chosen(
-        documents.start + base,
-        documents.length,
-        documents.identity,
-        np.full(len(documents.start), source, np.int32),
-        documents.file.astype(np.int32),
-        documents.row,
-    )
-
-
-def _first_of_each(chosen: _Chosen, catalogues: list[Catalogue]) -> NDArray[np.bool_]:
-    """Return which documents are the first of their text, by source name, file and row; tokens confirm the rest."""
-    first = np.ones(len(chosen.place), bool)
-    ranked = np.argsort(chosen.identity, kind="stable")
-    sorted_ = chosen.identity[ranked]
-    repeats = np.flatnonzero(sorted_[1:] == sorted_[:-1])
-    if len(repeats) == 0:
-        return first
-    bounds = np.flatnonzero(np.concatenate([[True], sorted_[1:] != sorted_[:-1], [True]]))
-    sizes = np.diff(bounds)
-    bases = np.cumsum([0, *(catalogue.stream.tokens for catalogue in catalogues)])
-
-    def tokens(at: int) -> bytes:
-        source = int(chosen.source[at])
-        start = int(chosen.place[at]) - int(bases[source])
-        data: bytes = catalogues[source].read(start, int(chosen.length[at])).tobytes()
-        return data
-
-    for group in np.flatnonzero(sizes > 1).tolist():
-        members = ranked[bounds[group] : bounds[group + 1]].tolist()
-        members.sort(key=lambda at: _rank(chosen, catalogues, at))
-        seen: set[bytes] = set()
-        for at in members:
-            digest = hashlib.sha256(tokens(at)).digest()
-            first[at] = digest not in seen
-            seen.add(digest)
-    return first
-
-
-def _rank(chosen: _Chosen, catalogues: list[Catalogue], at: int) -> tuple[str, str, int]:
-    catalogue = catalogues[int(chosen.source[at])]
-    return catalogue.name, catalogue.manifest.files[int(chosen.file[at])].path, int(chosen.row[at])
-
-
-def _order(spec: ViewSpec, chosen: _Chosen, catalogues: list[Catalogue]) -> NDArray[np.int64]:
-    """Return the documents in the order of the view, as places in `chosen`."""
-    if spec.shuffle != "documents":
-        return np.arange(len(chosen.place))
-    keys = np.empty(len(chosen.place), np.uint64)
-    for number, catalogue in enumerate(catalogues):
-        here = chosen.source == number
-        of_file = [file_key(spec.seed, catalogue.name, file.path) for file in catalogue.manifest.files]
-        keys[here] = document_keys(np.array(of_file, np.uint64)[chosen.file[here]], chosen.row[here])
-    order = np.argsort(keys, kind="stable")
-    ranked = keys[order]
-    # Among 10**8 documents, equal keys have a chance of 1 in 3,700.
-    for at in np.flatnonzero(ranked[1:] == ranked[:-1])[::-1].tolist():
-        end = at + 1 + int(np.searchsorted(ranked[at + 1 :], ranked[at], side="right"))
-        order[at:end] = sorted(order[at:end].tolist(), key=lambda each: _rank(chosen, catalogues, each))
-    return order
-
-
 def _record(
     spec: ViewSpec,
     catalogues: list[Catalogue],
     removals: list[RemovalList],
-    chosen: _Chosen,
+    taken: list[int],
     left_out: list[dict[str, int]],
 ) -> ViewRecord:
     lengths = {catalogue.opened.seq_len for catalogue in catalogues}
@@ -295,7 +170,6 @@ def _record(
             f"view: seq_len is not given, and its data roots have samples of {' and '.join(map(str, sorted(lengths)))}",
             next_step="give seq_len, the number of tokens per sample",
         )
-    taken = np.bincount(chosen.source, minlength=len(catalogues)).tolist()
     return ViewRecord(
         seq_len=spec.seq_len or lengths.pop(),
         seed=spec.seed,
@@ -322,6 +196,6 @@ def _record(
                 spec.sources, catalogues, removals, taken, left_out, strict=True
             )
         ],
-        documents=len(chosen.place),
-        tokens=int(chosen.length.sum()),
+        documents=0,
+        tokens=0,
     )

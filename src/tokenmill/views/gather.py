@@ -23,6 +23,8 @@ from tokenmill.loading.data_root import PLACES_AT_ONCE, TokenStream
 from tokenmill.loading.view import ViewIndex
 
 BUCKET_NBYTES = 64 << 20
+RESIDENT_NBYTES = 256 << 20
+"""Of the sources; more of them stays in the system's cache, if it has room."""
 CHUNK_TOKENS = 1 << 24
 """Read at once while documents are put into buckets."""
 _DONE = "done"
@@ -48,6 +50,8 @@ class Places:
         self.dtype = streams[0].dtype
         self.index = index
         self._streams = streams
+        for stream in streams:
+            stream.limit_resident(RESIDENT_NBYTES)
         self._whole = [stream.whole for stream in streams]
         self._bases = np.cumsum([0, *(stream.tokens for stream in streams)])
 
