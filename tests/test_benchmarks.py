@@ -56,6 +56,11 @@ def test_consolidate(tmp_path: Path) -> None:
     assert all(way in found for way in ("tokenmill", "original", "cp", "sha256sum"))
 
 
+def test_views(tmp_path: Path) -> None:
+    found = printed("views", tmp_path, "--documents", 3_000, "--sources", 3, "--write-gb", 0.002)
+    assert all(what in found for what in ("cp", "through files", "3,000 documents in 3 sources", "a random sample"))
+
+
 def test_load(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     assert "tokenmill" in printed("load", tmp_path, "--samples", 1_000, "--seconds", 0.05)

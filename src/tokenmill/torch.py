@@ -70,7 +70,7 @@ class TokenDataset(Dataset[torch.Tensor]):
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         """Return the samples of a batch, gathered at once, for a `DataLoader`."""
-        return _Rows(self.data[indices], self.dtype)
+        return _Rows(self.data.gather(indices), self.dtype)
 
     def sample_id(self, index: int) -> int:
         """Return the id of a sample."""
@@ -153,6 +153,9 @@ class _Gathered:
 
 
 def _widened(tokens: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """Return tokens as a tensor with memory of its own, or with that of an array that was made for it."""
+    if tokens.flags.writeable and dtype is getattr(torch, tokens.dtype.name, None):
+        return torch.from_numpy(tokens)
     batch = torch.empty(tokens.shape, dtype=dtype)
     batch.numpy()[...] = tokens
     return batch
