@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \
 	tests/corpus/test_listing.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
-	tests/remote/test_hub.py tests/shards/test_pack.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
+	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
 
 .PHONY: demo test test-lowest test-cluster campaign check format clean
 
