@@ -29,7 +29,8 @@ from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
 from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.provenance import show, where_row, where_sample
-from tokenmill.loading.samplers import permute
+from tokenmill.loading.receipts import ReceiptWriter, check_receipt, load_receipt
+from tokenmill.loading.samplers import EpochSampler, permute
 from tokenmill.loading.stats import stats
 from tokenmill.loading.view import open_root
 from tokenmill.pipeline.pretokenize import pretokenize
@@ -223,6 +224,9 @@ def test_a_view_is_read_as_a_data_root_is(roots: dict[str, Path], tmp_path: Path
             assert dataset[number][part.begin - place.begin : part.end - place.begin].tolist() == tokens
     assert [token.id for token in show(view, 4).tokens] == dataset[4].tolist()
     figures = stats(view)
+    texts = [row.xxh3 for row in reference(spec, set())[0]]
+    assert figures.repeated_texts.documents == len(texts) - len(set(texts)) > 0
+    assert figures.repeated_texts.texts == sum(texts.count(value) > 1 for value in set(texts))
     assert (figures.documents, figures.tokens) == (233, dataset.tokens)
     assert sum((figures.tokens_by_source or {}).values()) == sum(len(row.tokens) for row in reference(spec, set())[0])
     for line in (["info"], ["show", "--sample", 3], ["where", "--source", "web/a.parquet", "--row", 5], ["stats"]):
@@ -230,6 +234,32 @@ def test_a_view_is_read_as_a_data_root_is(roots: dict[str, Path], tmp_path: Path
         assert result.returncode == 0, result.stderr
     result = run_cli("where", view, "--source", "nowhere/a.parquet", "--row", 5)
     assert (result.returncode, "in a view after NAME/" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("shuffle", ["documents", "samples"])
+def test_receipts_of_a_view(roots: dict[str, Path], tmp_path: Path, shuffle: str) -> None:
+    """They hold wherever the data roots lie, and for no other view."""
+    for name in ("web", "code"):
+        shutil.copytree(roots[name], tmp_path / "moved" / name)
+    for where, seed in ((roots["web"].parent, 1), (tmp_path / "moved", 1), (roots["web"].parent, 2)):
+        sources = [ViewSource(name=name, root=str(where / name)) for name in ("web", "code")]
+        build_view(ViewSpec(sources=sources, shuffle=shuffle, seed=seed), tmp_path / f"{where.name}-{seed}")
+    first, moved, other = (tmp_path / name for name in (f"{roots['web'].parent.name}-1", "moved-1", f"{where.name}-2"))
+    dataset = TokenDataset(first)
+    sampler = EpochSampler(len(dataset), seed=4)
+    writer = ReceiptWriter(dataset, sampler)
+    for begin in range(0, 40, 10):
+        writer.add(sampler.indices(begin, begin + 10))
+    writer.receipt().save(tmp_path / "receipt.json")
+    for view in (first, moved):
+        checks = check_receipt(view, load_receipt(tmp_path / "receipt.json"))
+        assert all(check.passed for check in checks), checks
+    assert not all(check.passed for check in check_receipt(other, writer.receipt()))
+    writer.add([3])
+    assert not all(check.passed for check in check_receipt(first, writer.receipt()))
+    assert run_cli("receipts", first, tmp_path / "receipt.json").returncode == 0
+    (first / layout.VIEW_PLACES).write_bytes(bytes((first / layout.VIEW_PLACES).stat().st_size))
+    assert not check_receipt(first, load_receipt(tmp_path / "receipt.json"))[1].passed
 
 
 def test_documents_keep_their_order_when_others_are_added(roots: dict[str, Path]) -> None:
@@ -557,7 +587,7 @@ def test_the_page_on_views_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         else:
             content, _, name = line.removeprefix("echo ").partition(" > ")
             Path(name).write_text(content.strip('"') + "\n")
-    assert ran == 9
+    assert ran == 11
     week2 = manifest.load(Path("week2"))
     assert [file.path for file in week2.files] == ["part-2.parquet"]
     assert any("earlier data roots" in note for note in week2.notes)

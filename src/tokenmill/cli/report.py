@@ -354,8 +354,13 @@ def stats_lines(found: Stats) -> list[str]:
             f"{name if name == 'mean' else name + '%'} {value:,.0f}" for name, value in found.document_tokens.items()
         )
         lines += [f"documents     {found.documents:,}", f"their tokens  {figures}"]
+    if found.repeated_texts is not None:
+        texts, documents = found.repeated_texts.texts, found.repeated_texts.documents
+        lines.append(
+            f"same text     {_plural(texts, 'text')} more than once, {_plural(documents, 'document')} too many"
+        )
     if found.duplicates is None:
-        lines.append("duplicates    not known: the data root has no sample ids (tokenmill consolidate makes them)")
+        lines.append("duplicates    not known: no sample ids are stored (tokenmill consolidate makes them)")
     else:
         same = found.duplicates
         lines.append(f"duplicates    {same.ids:,} sample ids occur more than once, {same.samples:,} samples too many")

@@ -69,6 +69,14 @@ class ViewRecord(msgspec.Struct, kw_only=True):
         """Number of whole samples."""
         return self.tokens // self.seq_len
 
+    @property
+    def samples_sha256(self) -> str:
+        """SHA-256 of all that defines the samples, wherever the data roots lie; what a receipt names."""
+        order = [self.shuffle, self.seed] if self.shuffle == "samples" else []
+        pins = [source.pin for source in self.sources]
+        defined = [self.seq_len, self.begins_sha256, self.places_sha256, pins, order]
+        return hashlib.sha256(msgspec.json.encode(defined)).hexdigest()
+
 
 def load_view(folder: Path) -> ViewRecord | None:
     """Load the record of a view; None if the directory is none.

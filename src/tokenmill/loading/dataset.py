@@ -21,7 +21,7 @@ from tokenmill.dataroot.inventory import find_shards_of, read_header
 from tokenmill.dataroot.manifest import Consolidated
 from tokenmill.dataroot.proof import choose_scheme
 from tokenmill.errors import DataRootError
-from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids
+from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
 from tokenmill.loading.view import OpenView, ViewStream, open_view
 
 ROOT_VARIABLE = "DATASET_BINS_PATH"
@@ -169,6 +169,30 @@ class TokenDataset:
         tokens = window // self.dtype.itemsize
         data = self._stream.read(*(min(at * tokens, self.tokens) for at in (sample, sample + 1))).tobytes()
         return int.from_bytes(ids.sample_ids(data, window) or ids.EMPTY_ID, "little")
+
+    @property
+    def samples_sha256(self) -> str:
+        """SHA-256 of what defines all samples: of `sample_ids.bin`, or of a view's index and sources.
+
+        Raises:
+            DataRootError: the data root is not consolidated, so that nothing says what its ids are.
+        """
+        if isinstance(self._recorded, OpenView):
+            return self._recorded.view.samples_sha256
+        if self.record is None:
+            raise not_consolidated(self.root)
+        return self.record.sample_ids_sha256
+
+    def ids_of(self, indices: list[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+        """Return the ids of samples at `indices`, shape `(len(indices),)`; made of their tokens where none are stored.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        wanted = self._indices(indices)
+        if self._ids is not None:
+            return self._ids[wanted]
+        return np.array([self.sample_id(sample) for sample in wanted.tolist()], np.uint64)
 
     def document_bounds(self, index: int) -> NDArray[np.int32]:
         """Return where the documents in a sample begin: 0, the token at which each further one starts, `seq_len`.

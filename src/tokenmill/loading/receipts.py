@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot.proof import Check
+from tokenmill.dataroot.view_record import load_view
 from tokenmill.errors import ReceiptError
-from tokenmill.loading.data_root import not_consolidated
 from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.samplers import Sampler
-from tokenmill.loading.view import open_root
 
 _CHUNK_SAMPLES = 1 << 16
 
@@ -27,7 +26,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     version: Literal[1] = 1
     sample_ids_sha256: str
-    """SHA-256 of the data set's `sample_ids.bin`."""
+    """SHA-256 of the data set's `sample_ids.bin`; of a view, `ViewRecord.samples_sha256`."""
     sampler: Sampler
     """What said which samples to take."""
     samples: int
@@ -52,11 +51,8 @@ class ReceiptWriter:
     """
 
     def __init__(self, dataset: TokenDataset, sampler: Sampler) -> None:
-        record = dataset.record
-        if record is None:
-            raise not_consolidated(dataset.root)
-        self._sample_ids_sha256 = record.sample_ids_sha256
-        self._ids = dataset.sample_ids
+        self._sample_ids_sha256 = dataset.samples_sha256
+        self._dataset = dataset
         self._sampler = sampler
         self._digest = hashlib.sha256()
         self.samples = 0
@@ -64,7 +60,7 @@ class ReceiptWriter:
 
     def add(self, indices: list[int] | NDArray[np.int64]) -> None:
         """Note samples, in the order consumed."""
-        self._digest.update(self._ids[np.asarray(indices, np.int64)].tobytes())
+        self._digest.update(self._dataset.ids_of(indices).tobytes())
         self.samples += len(indices)
 
     def receipt(self) -> Receipt:
@@ -94,35 +90,39 @@ def check_receipt(root: Path | str, receipt: Receipt) -> list[Check]:
     """Compare a receipt with the data it speaks of; neither a trainer nor a model is needed.
 
     What the sampler takes is made again, and the ids are those in `sample_ids.bin`, once that file is what
-    `consolidated.json` says.
+    `consolidated.json` says. Those of a view are made of its tokens, once its index is what `view.json` says.
 
     Raises:
         DataRootError: the data root is not consolidated, or its files are not of the recorded size.
     """
     root = Path(root)
-    found = open_root(root)
-    ids = found.sample_ids()
-    assert found.record is not None
-    sha256 = found.record.sample_ids_sha256
-    path = root / layout.SAMPLE_IDS
-    with atomic.translate_read_errors(path):
-        stored = _sha256(path, path.stat().st_mtime_ns)
+    view = load_view(root)
+    dataset = TokenDataset(root)
+    expected = {layout.VIEW_BEGINS: view.begins_sha256, layout.VIEW_PLACES: view.places_sha256} if view else {}
+    if view is None:
+        expected = {layout.SAMPLE_IDS: dataset.samples_sha256}
     sampler = receipt.sampler
     checks = [
-        Check("sample_ids.bin sha256", sha256, stored),
-        Check("data set of the receipt", sha256, receipt.sample_ids_sha256),
-        Check("samples of the data set", str(len(ids)), str(sampler.dataset_len)),
+        *(Check(f"{name} sha256", sha256, _stored_sha256(root / name)) for name, sha256 in expected.items()),
+        Check("data set of the receipt", dataset.samples_sha256, receipt.sample_ids_sha256),
+        Check("samples of the data set", str(len(dataset)), str(sampler.dataset_len)),
         Check("samples consumed", f"at most {len(sampler)}", _at_most(receipt.samples, len(sampler))),
     ]
     if not all(check.passed for check in checks):
         return checks
     digest = hashlib.sha256()
     for begin in range(0, receipt.samples, _CHUNK_SAMPLES):
-        digest.update(ids[sampler.indices(begin, min(begin + _CHUNK_SAMPLES, receipt.samples))].tobytes())
+        indices = sampler.indices(begin, min(begin + _CHUNK_SAMPLES, receipt.samples))
+        digest.update(dataset.ids_of(indices).tobytes())
     return [*checks, Check("ids consumed, sha256", digest.hexdigest(), receipt.ids_sha256)]
 
 
-@functools.lru_cache(maxsize=1)
+def _stored_sha256(path: Path) -> str:
+    with atomic.translate_read_errors(path):
+        return _sha256(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
 def _sha256(path: Path, mtime_ns: int) -> str:
     """Return the SHA-256 of a file with that modification time; cached, as receipts of many ranks need the same."""
     with path.open("rb") as file:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 
 from tokenmill.encoding.tokenizer import MAX_IDS
 from tokenmill.errors import DataRootError, TokenizerError
-from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.data_root import DataRoot, TokenStream
 from tokenmill.loading.provenance import open_backend
 from tokenmill.loading.view import OpenView, open_root
 from tokenmill.options import OnBytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _CHUNK_TOKENS = 1 << 22
 _TOP = 20
@@ -46,6 +50,15 @@ class Duplicates(msgspec.Struct):
     """Some of them, as lists of samples."""
 
 
+class RepeatedTexts(msgspec.Struct):
+    """Documents with the same text, found by `text_xxh3` and confirmed by their tokens."""
+
+    texts: int
+    """Different texts that occur more than once."""
+    documents: int
+    """Documents that could be left out without losing a text."""
+
+
 class Stats(msgspec.Struct, kw_only=True):
     """Figures of a data root's documents and tokens. None: not known without a manifest, or not consolidated."""
 
@@ -61,6 +74,8 @@ class Stats(msgspec.Struct, kw_only=True):
     """Percentiles, EOS included, and the mean."""
     tokens_by_source: dict[str, int] | None
     duplicates: Duplicates | None
+    repeated_texts: RepeatedTexts | None
+    """None where the sidecars have no hashes of text."""
 
 
 def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Stats:
@@ -92,6 +107,7 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
         document_tokens=lengths,
         tokens_by_source=by_source,
         duplicates=_duplicates(found),
+        repeated_texts=_repeated_texts(found),
     )
 
 
@@ -132,6 +148,35 @@ def _document_figures(found: DataRoot | OpenView) -> tuple[dict[str, float] | No
     every = np.concatenate(lengths)
     figures = dict(zip(map(str, _PERCENTILES), np.percentile(every, _PERCENTILES).tolist(), strict=True))
     return figures | {"mean": float(every.mean())}, dict(sorted(by_source.items()))
+
+
+def _tables(found: DataRoot | OpenView) -> Iterator[tuple[pa.Table, TokenStream]]:
+    """Yield the sidecars, without documents that are not in a view, and the tokens that they speak of."""
+    if isinstance(found, OpenView):
+        documents = found.documents()
+        for number, source in enumerate(found.sources):
+            stream = source.tokens()
+            yield from ((table, stream) for table in documents.tables_of(number))
+    else:
+        stream = found.tokens()
+        yield from ((table, stream) for table in found.documents().tables())
+
+
+def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
+    roots = found.sources if isinstance(found, OpenView) else [found]
+    if not all(root.manifest is not None and root.manifest.documents_version > 1 for root in roots):
+        return None
+    hashes = np.sort(np.concatenate([table["text_xxh3"].to_numpy() for table, _ in _tables(found)]))
+    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    counts: Counter[tuple[int, bytes]] = Counter()
+    for table, stream in _tables(found) if len(repeated) else ():
+        hashes, starts, lengths = (table[name].to_numpy() for name in ("text_xxh3", "start", "tokens"))
+        for at in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+            start = int(starts[at])
+            tokens = stream.read(start, min(start + int(lengths[at]), stream.tokens))
+            counts[int(hashes[at]), hashlib.sha256(tokens.tobytes()).digest()] += 1
+    several = [count for count in counts.values() if count > 1]
+    return RepeatedTexts(texts=len(several), documents=sum(several) - len(several))
 
 
 def _names(found: DataRoot | OpenView, ids: list[int]) -> list[str | None]:

@@ -275,18 +275,22 @@ class ViewDocuments:
 
     def tables(self) -> Iterator[pa.Table]:
         """Yield the sidecars of all sources without the documents that are not in the view."""
+        for number in range(len(self._documents)):
+            yield from self.tables_of(number)
+
+    def tables_of(self, number: int) -> Iterator[pa.Table]:
+        """Yield the same of one source."""
         import pyarrow as pa
 
-        places = np.sort(self._index.places)
-        for at, (source, documents) in enumerate(zip(self._view.view.sources, self._documents, strict=True)):
-            for table in documents.tables():
-                starts = table["start"].to_numpy() + int(self._bases[at])
-                found = np.minimum(np.searchsorted(places, starts), max(0, len(places) - 1))
-                here = table.filter(pa.array(places[found] == starts if len(places) else np.zeros(len(starts), bool)))
-                names = pa.array([f"{source.name}/{path}" for path in _dictionary_of(here)], pa.string())
-                indices = here["source"].combine_chunks().indices if len(here) else pa.array([], pa.int32())
-                column = pa.DictionaryArray.from_arrays(indices, names)
-                yield here.set_column(here.schema.get_field_index("source"), "source", column)
+        name, base = self._view.view.sources[number].name, int(self._bases[number])
+        inside = (self._index.places >= base) & (self._index.places < int(self._bases[number + 1]))
+        places = np.sort(self._index.places[inside]) - base
+        for table in self._documents[number].tables():
+            here = table.filter(pa.array(np.isin(table["start"].to_numpy(), places)))
+            names = pa.array([f"{name}/{path}" for path in _dictionary_of(here)], pa.string())
+            indices = here["source"].combine_chunks().indices if len(here) else pa.array([], pa.int32())
+            column = pa.DictionaryArray.from_arrays(indices, names)
+            yield here.set_column(here.schema.get_field_index("source"), "source", column)
 
 
 def _dictionary_of(table: pa.Table) -> list[str]:
