@@ -176,6 +176,22 @@ def test_sizes_that_nothing_has(nbytes: int, monkeypatch: pytest.MonkeyPatch) ->
         open_store("s3://bucket/a", StoreOptions(url, anonymous=True)).files()
 
 
+@pytest.mark.parametrize("when", ["2026-01-01T00:00:00R", "2026-01-01T00:00:00.000ZZ", "never", ""])
+def test_a_date_that_is_damaged_is_an_answer_to_ask_again_for(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the library only warns, and the user made warnings errors, as these tests do."""
+    monkeypatch.setattr(Retrier.__init__, "__defaults__", (2,))
+    asked = iter([when])
+
+    class Damaged(bucket()):
+        def _list(self, query: dict[str, str]) -> None:
+            dated = entry("a/x.jsonl", 5).replace("</Key>", f"</Key><LastModified>{next(asked, '')}</LastModified>")
+            body = listing(dated, "1").replace(b"true", b"false").replace(b"<LastModified></LastModified>", b"")
+            self._answer(200, body)
+
+    with listening(Damaged) as url:
+        assert list(open_store("s3://bucket/a", StoreOptions(url, anonymous=True)).files()) == ["x.jsonl"]
+
+
 def test_a_manifest_that_memory_cannot_hold(tmp_path: Path) -> None:
     class Large(bucket()):
         def _list(self, query: dict[str, str]) -> None:

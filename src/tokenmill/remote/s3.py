@@ -254,7 +254,7 @@ class Bucket:
             if isinstance(getattr(error, "kwargs", {}).get("error"), RecursionError):
                 raise _redirected() from None
             raise TransientError(type(error).__name__) from None
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, Warning) as error:  # where warnings are errors, a damaged date is one
             raise TransientError(f"an answer that makes no sense: {type(error).__name__}") from None
         except exceptions.BotoCoreError as error:
             raise StorageError(
