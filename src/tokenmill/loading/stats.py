@@ -171,7 +171,7 @@ def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
     counts: Counter[tuple[int, bytes]] = Counter()
     for table, stream in _tables(found) if len(repeated) else ():
         hashes, starts, lengths = (table[name].to_numpy() for name in ("text_xxh3", "start", "tokens"))
-        for at in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+        for at in np.flatnonzero(np.isin(hashes, repeated, kind="sort")).tolist():
             start = int(starts[at])
             tokens = stream.read(start, min(start + int(lengths[at]), stream.tokens))
             counts[int(hashes[at]), hashlib.sha256(tokens.tobytes()).digest()] += 1

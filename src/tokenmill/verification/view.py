@@ -214,7 +214,7 @@ class ViewChecks:
             counts["with the text of another"] = len(at) - len(np.unique(hashes))
         named = [entry.rsplit(None, 1) for entry in source.removed]
         removed = np.array([int(words[0], 16) for words in named if len(words) == 1], np.uint64)
-        gone = np.isin(hashes, removed)
+        gone = np.isin(hashes, removed, kind="sort")  # NumPy 2.0 has no table of 64 bits without sign
         files = {file.path: number for number, file in enumerate(manifest.files)}
         rows = {(files.get(words[0]), int(words[1])) for words in named if len(words) == 2}
         for index in np.flatnonzero(np.isin(listed.row[at], np.array([row for _, row in rows], np.int64))).tolist():

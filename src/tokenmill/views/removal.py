@@ -28,7 +28,7 @@ class RemovalList(NamedTuple):
 
     def matches(self, documents: Documents) -> NDArray[np.bool_]:
         """Return which documents are named."""
-        named = np.isin(documents.identity, self.hashes)
+        named = np.isin(documents.identity, self.hashes, kind="sort")  # NumPy 2.0 has no table of uint64
         for file, rows in self.rows.items():
             here = np.flatnonzero(documents.file == file)
             named[here[np.isin(documents.row[here], rows)]] = True
