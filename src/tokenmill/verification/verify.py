@@ -84,6 +84,7 @@ def verify(
                 workers=workers,
                 on_progress=on_progress,
             ),
+            quick=quick,
         )
     job = VerifyRun(Path(root), workers=workers or available_cores(), on_progress=on_progress)
     RecordChecks(job).check()
@@ -119,10 +120,12 @@ def verify(
     )
 
 
-def _verify_view(folder: Path, record: ViewRecord, verify_root: Callable[[Path], Verification]) -> Verification:
+def _verify_view(
+    folder: Path, record: ViewRecord, verify_root: Callable[[Path], Verification], *, quick: bool
+) -> Verification:
     """Verify a view, and each of its sources; what is wrong with one of these is told under its name."""
     started = time.monotonic()
-    checks = ViewChecks(folder, record)
+    checks = ViewChecks(folder, record, quick=quick)
     checks.check()
     nbytes = checks.nbytes
     elsewhere: dict[str, str] = {}
