@@ -318,7 +318,7 @@ def test_conditions(roots: dict[str, Path], tmp_path: Path) -> None:
     assert planned("source like 'b/%' and row <> 4 -- all but one").documents == 2
     assert planned(f"text_xxh3 = {rows[5].xxh3}").documents == 1
     assert planned("row in (select max(row) from documents)").sources[0].left_out["where"] > 0
-    for wrong in ("", "tokns > 5", "1) ; drop table documents; select (1", "source = 5 or nosuch(1)"):
+    for wrong in ("", "tokns > 5", "1) ; drop table documents; select (1", "source = 5 or nosuch(1)", "random() < 0.5"):
         with pytest.raises(errors.RecipeError, match="source 'web': where: "):
             planned(wrong)
     secret = tmp_path / "secret.csv"
@@ -332,10 +332,12 @@ def test_conditions(roots: dict[str, Path], tmp_path: Path) -> None:
 def test_removal(roots: dict[str, Path], tmp_path: Path) -> None:
     rows = rows_of(roots["web"], "web")
     listed = tmp_path / "list"
-    listed.write_text(f"  a.parquet 7\n{rows[9].xxh3:016X}\nb/c.parquet\t3\n0123456789abcdef\n")
+    listed.write_text(f"  a.parquet 7\n{rows[9].xxh3:016X}\nweb/b/c.parquet row 3\n0123456789abcdef\n")
     spec = ViewSpec(sources=[ViewSource(name="web", root=str(roots["web"]), remove=str(listed))], duplicates="keep")
     built, _ = build_view(spec, tmp_path / "view")
     assert built.record.sources[0].left_out == {"removed": 3}
+    assert any("1 of 4 entries of its removal list name no document: 0123456789abcdef" in n for n in built.record.notes)
+    assert any("1 documents that stay have the text of one that is removed" in note for note in built.record.notes)
     assert verify(tmp_path / "view").passed
     for line, reason in (
         ("a.parquet", "expected FILE ROW"),

@@ -274,7 +274,9 @@ def place_lines(place: Provenance) -> list[str]:
     sample = "after the last whole sample" if place.sample is None else f"sample {place.sample:,}"
     known = f", id {place.sample_id}" if place.sample_id else ""
     span = f"token {place.begin:,}" if place.end == place.begin + 1 else f"tokens {place.begin:,} to {place.end - 1:,}"
-    return [f"{sample}{known}: {span} of the stream", *(f"  {_origin(part)}" for part in place.documents)]
+    hashed = (f", text_xxh3 {part.text_xxh3}" if part.text_xxh3 else "" for part in place.documents)
+    origins = [f"  {_origin(part)}{text}" for part, text in zip(place.documents, hashed, strict=True)]
+    return [f"{sample}{known}: {span} of the stream", *origins]
 
 
 def _origin(part: DocumentSlice) -> str:
@@ -396,7 +398,7 @@ _REASONS = {
 }
 
 
-def view_lines(record: ViewRecord, notes: Sequence[str] = (), duplicates: int | None = None) -> list[str]:
+def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
     """Describe a view: what it takes of each source, and what it leaves out and why."""
     split = f"{record.split}, of a holdout of {record.holdout:g}" if record.holdout else "none"
     order = {"documents": "documents shuffled", "samples": "samples shuffled", "none": "as stored"}[record.shuffle]
@@ -407,16 +409,21 @@ def view_lines(record: ViewRecord, notes: Sequence[str] = (), duplicates: int | 
         "samples": f"{record.samples:,} of {record.seq_len:,} tokens",
         "order": f"{order}, seed {record.seed}" if record.shuffle != "none" else order,
         "split": split,
+        "tokenizer": f"tokenizer.json sha256 {record.tokenizer_sha256}",
     }
     if record.duplicates == "first":
         lines["duplicates"] = "the first of each text is taken"
     elif duplicates is not None:
         lines["duplicates"] = f"{_plural(duplicates, 'document')} with a text that an earlier one has"
     shown = [f"{name:<12} {value}" for name, value in lines.items()]
-    shown += [f"{'note':<12} {note}" for note in notes]
+    shown += [f"{'note':<12} {note}" for note in record.notes]
     shown += ["", f"{'taken':>13} {'of':>13}  source"]
     for source in record.sources:
         shown.append(f"{source.taken:>13,} {source.documents:>13,}  {source.name}: {source.root}")
+        if source.where is not None:
+            shown.append(f"{'':>27}  where {source.where}")
+        if source.removed:
+            shown.append(f"{'':>27}  without {_plural(len(source.removed), 'document')} of a removal list")
         shown += [f"{'':>13} {count:>13,}  left out: {_REASONS[why]}" for why, count in source.left_out.items()]
     return shown
 

@@ -42,7 +42,7 @@ def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
     catch_signals(lambda: "nothing was written")
     with count_display("documents", quiet=quiet or as_json) as on_progress:
         built = plan_view(load_spec(spec), on_progress=on_progress)
-    print_result(built.record, report.view_lines(built.record, built.notes, built.duplicates), as_json=as_json)
+    print_result(built.record, report.view_lines(built.record, built.duplicates), as_json=as_json)
 
 
 @view.command(short_help="Store a view in a directory.")
@@ -65,7 +65,7 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
     with count_display("documents", quiet=quiet or as_json) as on_progress:
         built, was_there = build_view(load_spec(spec), folder, on_progress=on_progress)
     last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
-    lines = [*report.view_lines(built.record, built.notes, built.duplicates), last]
+    lines = [*report.view_lines(built.record, built.duplicates), last]
     print_result(built.record, lines, as_json=as_json)
 
 

@@ -59,6 +59,8 @@ class ViewRecord(msgspec.Struct, kw_only=True):
     documents: Natural
     tokens: Natural
     """Number of tokens of its documents; those after the last whole sample are in no sample."""
+    notes: list[str] = []
+    """What a user should know of it."""
     begins_sha256: str = ""
     places_sha256: str = ""
     digests: dict[str, str] = {}

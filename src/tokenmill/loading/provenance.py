@@ -32,6 +32,8 @@ class DocumentSlice(msgspec.Struct):
     document_end: int
     document_tokens: int
     """Number of tokens of the whole document, EOS included."""
+    text_xxh3: str | None = None
+    """Hash of its text, as 16 hexadecimal digits; None where the sidecar has none."""
 
 
 class Provenance(msgspec.Struct):
@@ -194,6 +196,7 @@ def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[D
             first - document.start,
             last - document.start,
             document.tokens,
+            None if document.text_xxh3 is None else f"{document.text_xxh3:016x}",
         )
 
     return [slice_of(document) for document in found.documents().between(begin, end)]

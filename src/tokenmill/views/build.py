@@ -32,8 +32,6 @@ class Built(NamedTuple):
     record: ViewRecord
     begins: NDArray[np.int64]
     places: NDArray[np.int64]
-    notes: list[str]
-    """What a user should know of it."""
     duplicates: int
     """Documents of the view whose text an earlier one has as well."""
 
@@ -67,6 +65,7 @@ def plan_view(spec: ViewSpec, *, on_progress: OnDocuments = lambda done, total: 
                 reasons[DUPLICATE] = count
         choice = choice.taken(kept)
         repeats = repeats[:0]
+    copies = [removal.copies(choice.identity) for removal in removals]
     taken = np.diff(np.searchsorted(choice.place, bases_of(catalogues))).tolist()
     place, length = choice.place, choice.length
     if spec.shuffle == "documents":
@@ -83,7 +82,21 @@ def plan_view(spec: ViewSpec, *, on_progress: OnDocuments = lambda done, total: 
         for catalogue in catalogues
         if catalogue.identity == "tokens"
     ]
-    return Built(record, begins, place, notes, len(repeats))
+    for source, removal, count in zip(record.sources, removals, copies, strict=True):
+        if unmatched := removal.unmatched:
+            notes.append(
+                f"source {source.name}: {len(unmatched)} of {len(removal.entries)} entries of its removal list name no "
+                f"document: {', '.join(unmatched[:3])}{', ...' if unmatched[3:] else ''}"
+            )
+        if count:
+            notes.append(
+                f"source {source.name}: {count} documents that stay have the text of one that is removed; to remove "
+                "them, too, name it by its text_xxh3 in the removal list of each source"
+            )
+    if record.samples == 0:
+        notes.append(f"the view has no whole sample of {record.seq_len} tokens")
+    record.notes = notes
+    return Built(record, begins, place, len(repeats))
 
 
 def build_view(

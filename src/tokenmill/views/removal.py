@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,30 +12,58 @@ from tokenmill.errors import RecipeError
 from tokenmill.views.catalogue import Catalogue, Documents
 
 _HASH = re.compile(r"[0-9a-fA-F]{16}")
-_ROW = re.compile(r"(.+?)\s+(\d{1,18})")
+_ROW = re.compile(r"(.+?)\s+(?:row\s+)?(\d[\d,]{0,22})")
+"""As `show` and `where` print it, too."""
 
 
-class RemovalList(NamedTuple):
-    """Which documents of a data root are to be left out."""
+class RemovalList:
+    """Which documents of a data root are to be left out.
 
-    entries: list[str]
-    """As written, without blanks and comments."""
-    hashes: NDArray[np.uint64]
-    """Ascending."""
-    rows: dict[int, NDArray[np.int64]]
-    """By index of the source file, ascending."""
+    Args:
+        hashes: of documents, by the entries that give them.
+        rows: of documents, as source file (its index) and row, likewise.
+    """
+
+    def __init__(self, hashes: dict[int, str], rows: dict[tuple[int, int], str]) -> None:
+        self.entries = sorted({*hashes.values(), *rows.values()})
+        """Each as `FILE ROW`, or as 16 hexadecimal digits."""
+        self._hashes = dict(sorted(hashes.items()))
+        self._hash_array = np.array(list(self._hashes), np.uint64)
+        self._by_file: dict[int, NDArray[np.int64]] = {}
+        for file in {file for file, _ in rows}:
+            self._by_file[file] = np.array(sorted(row for each, row in rows if each == file), np.int64)
+        self._rows = rows
+        self._found: set[str] = set()
+        self._texts: list[NDArray[np.uint64]] = []
 
     def matches(self, documents: Documents) -> NDArray[np.bool_]:
-        """Return which documents are named."""
-        named = np.isin(documents.identity, self.hashes, kind="sort")  # NumPy 2.0 has no table of uint64
-        for file, rows in self.rows.items():
+        """Return which documents are named, and remember by which entries."""
+        # NumPy 2.0 has no table of unsigned integers of 64 bits.
+        named = np.isin(documents.identity, self._hash_array, kind="sort")
+        self._found.update(self._hashes[value] for value in np.unique(documents.identity[named]).tolist())
+        for file, rows in self._by_file.items():
             here = np.flatnonzero(documents.file == file)
-            named[here[np.isin(documents.row[here], rows)]] = True
+            here = here[np.isin(documents.row[here], rows)]
+            self._found.update(self._rows[file, row] for row in documents.row[here].tolist())
+            named[here] = True
+        self._texts.append(documents.identity[named])
         return named
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Entries that name no document, once all documents were looked at."""
+        return [entry for entry in self.entries if entry not in self._found]
+
+    def copies(self, identity: NDArray[np.uint64]) -> int:
+        """Return how many of these documents have the text of one that was named."""
+        texts = np.unique(np.concatenate([*self._texts, np.empty(0, np.uint64)]))
+        return int(np.count_nonzero(np.isin(identity, texts, kind="sort")))
 
 
 def load_removals(path: Path | None, catalogue: Catalogue) -> RemovalList:
     """Load a removal list: each line names a document by `FILE ROW`, or by the 16 hexadecimal digits of its hash.
+
+    The file may stand after the name of the source, as `show` prints it: `NAME/FILE row ROW`.
 
     Blank lines and lines that begin with `#` say nothing.
 
@@ -55,27 +82,23 @@ def load_removals(path: Path | None, catalogue: Catalogue) -> RemovalList:
 def parse_removals(lines: list[str], catalogue: Catalogue, name: str) -> RemovalList:
     """Parse the lines of a removal list; as `load_removals`."""
     numbers = {file.path: number for number, file in enumerate(catalogue.manifest.files)}
-    entries: list[str] = []
-    hashes: list[int] = []
-    rows: dict[int, list[int]] = {}
+    hashes: dict[int, str] = {}
+    rows: dict[tuple[int, int], str] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
         named = _ROW.fullmatch(line)
+        path = named[1].removeprefix(f"{catalogue.name}/") if named and named[1] not in numbers else named and named[1]
         if _HASH.fullmatch(line):
-            hashes.append(int(line, 16))
-        elif named and named[1] in numbers:
-            rows.setdefault(numbers[named[1]], []).append(int(named[2]))
+            hashes[int(line, 16)] = line.lower()
+        elif named and path in numbers:
+            row = int(named[2].replace(",", ""))
+            rows[numbers[path], row] = f"{path} {row}"
         else:
-            what = f"no source file is called {named[1]!r}" if named else "expected FILE ROW, or 16 hexadecimal digits"
+            what = f"no source file is called {path!r}" if named else "expected FILE ROW, or 16 hexadecimal digits"
             raise RecipeError(
                 f"{name}, line {number}: {line:.200}: {what}",
                 next_step="name files as the manifest lists them, such as "
                 + (catalogue.manifest.files[0].path if catalogue.manifest.files else "none"),
             )
-        entries.append(line)
-    return RemovalList(
-        entries,
-        np.sort(np.array(hashes, np.uint64)),
-        {file: np.sort(np.array(found, np.int64)) for file, found in rows.items()},
-    )
+    return RemovalList(hashes, rows)

@@ -32,6 +32,7 @@ class Condition:
             ) from None
         self._errors = duckdb.Error
         self._text, self._where = text, where
+        self._is_tried = False
         self._connection: Any = duckdb.connect(
             config={"enable_external_access": "false", "lock_configuration": "true", "threads": "1"}
         )
@@ -56,12 +57,19 @@ class Condition:
             self._refuse_several(query)
             self._connection.register("documents", numbered)
             found: NDArray[np.int64] = self._connection.execute(query).fetchnumpy()["__row"]
+            if not self._is_tried:
+                self._is_tried = True
+                self._refuse_another(query, found)
         except self._errors as error:
             raise RecipeError(
                 f"{self._where}: {str(error).splitlines()[0]}",
                 next_step=f"the columns are {', '.join(table.schema.names)}; the condition is SQL as DuckDB has it",
             ) from None
         return np.sort(found)
+
+    def _refuse_another(self, query: str, found: NDArray[np.int64]) -> None:
+        if not np.array_equal(found, self._connection.execute(query).fetchnumpy()["__row"]):
+            raise self._errors("it is not the same each time that it is asked")
 
     def _refuse_several(self, query: str) -> None:
         if len(self._connection.extract_statements(query)) != 1:
