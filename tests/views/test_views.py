@@ -41,6 +41,7 @@ from tokenmill.views import order
 from tokenmill.views.build import build_view, plan_view
 from tokenmill.views.disjoint import prove_disjoint
 from tokenmill.views.spec import ViewSource, ViewSpec, load_spec
+from tokenmill.views.write import write_view
 
 MASK = 2**64 - 1
 
@@ -317,8 +318,15 @@ def test_conditions(roots: dict[str, Path], tmp_path: Path) -> None:
     assert planned("tokens > 60").documents == sum(len(row.tokens) > 60 for row in rows)
     assert planned("source like 'b/%' and row <> 4 -- all but one").documents == 2
     assert planned(f"text_xxh3 = {rows[5].xxh3}").documents == 1
-    assert planned("row in (select max(row) from documents)").sources[0].left_out["where"] > 0
-    for wrong in ("", "tokns > 5", "1) ; drop table documents; select (1", "source = 5 or nosuch(1)", "random() < 0.5"):
+    assert planned("source in ('a.parquet', 'select)')").documents == 120
+    for wrong in (
+        "",
+        "tokns > 5",
+        "1) ; drop table documents; select (1",
+        "source = 5 or nosuch(1)",
+        "random() < 0.5",
+        *INJECTED,
+    ):
         with pytest.raises(errors.RecipeError, match="source 'web': where: "):
             planned(wrong)
     secret = tmp_path / "secret.csv"
@@ -327,6 +335,16 @@ def test_conditions(roots: dict[str, Path], tmp_path: Path) -> None:
         planned(f"exists (select * from read_csv('{secret}'))")
     with pytest.raises(errors.RecipeError, match="where: "):
         planned(f"exists (select * from '{secret}')")
+
+
+INJECTED = (
+    "row in (select max(row) from documents)",  # each shard would have another
+    "exists (from documents)",
+    "true) union all select 999999 where (true",
+    "true) limit (5",
+    "((true)",
+    "__row < 5",
+)
 
 
 def test_removal(roots: dict[str, Path], tmp_path: Path) -> None:
@@ -423,6 +441,54 @@ def test_data_roots_that_do_not_go_together(roots: dict[str, Path], tmp_path: Pa
         plan_view(ViewSpec(sources=[ViewSource(name="", root=str(roots["web"]))]))
 
 
+def test_an_index_that_is_not_the_views_proves_nothing(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever reads all of it compares it with the record first; and a record must agree with its data roots."""
+    sources = [ViewSource(name="web", root=str(roots["web"]))]
+    view, other = tmp_path / "view", tmp_path / "other"
+    for folder in (view, other):
+        build_view(ViewSpec(sources=sources), folder)
+    places = view / layout.VIEW_PLACES
+    right = places.read_bytes()
+
+    def shifted(array: np.ndarray) -> None:
+        array += 2**40
+
+    places.write_bytes((np.frombuffer(right, "<i8") + 2**40).tobytes())
+    with pytest.raises(errors.DataRootError, match="expected sha256"):
+        prove_disjoint(view, other)
+    with pytest.raises(errors.DataRootError, match="expected sha256"):
+        write_view(view, tmp_path / "out")
+    places.write_bytes(right)
+    entries(view, layout.VIEW_PLACES, shifted)
+    with pytest.raises(errors.DataRootError, match="names tokens that its sources do not have"):
+        prove_disjoint(view, other)
+    places.unlink()
+    with pytest.raises(errors.DataRootError, match="is missing"):
+        prove_disjoint(view, other)
+    record = json.loads((other / layout.VIEW).read_text())
+    for change in ({"tokens": 2**62}, {"identity": "tokens"}):
+        forged(other, sources=[record["sources"][0] | change])
+        with pytest.raises(errors.DataRootError, match="does not agree"):
+            TokenDataset(other)
+        assert not verify(other).passed
+    forged(other, sources=[record["sources"][0] | {"removed": ["zzz"], "left_out": {"odd": 3}}])
+    assert not verify(other).passed
+    assert run_cli("info", other).returncode == 0
+    forged(other, sources=[record["sources"][0] | {"root": "x" * 5_000}])
+    result = run_cli("show", other, "--sample", 1)
+    assert (result.returncode, "Traceback" in result.stderr) == (5, False)
+
+
+def test_a_view_behind_a_link(roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(roots["web"], tmp_path / "web")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path)
+    build_view(ViewSpec(sources=[ViewSource(name="web", root="web")]), Path("link"))
+    assert verify(Path("link")).passed
+    assert len(TokenDataset("link")) == len(TokenDataset(tmp_path / "far" / "away")) > 0
+
+
 def test_building_again(roots: dict[str, Path], tmp_path: Path) -> None:
     """The same is left alone, another is not written over, and one that was cut off is built."""
     spec = ViewSpec(sources=[ViewSource(name="web", root=str(roots["web"]))])
@@ -433,6 +499,9 @@ def test_building_again(roots: dict[str, Path], tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in view.iterdir()} == before
     with pytest.raises(errors.DataRootError, match="holds another view"):
         build_view(msgspec.structs.replace(spec, seed=1), view)
+    (view / layout.VIEW_BEGINS).unlink()
+    assert build_view(spec, view)[1] is False
+    assert verify(view).passed
     (view / layout.VIEW).unlink()
     (view / layout.VIEW_PLACES).write_bytes(b"torn")
     assert build_view(spec, view)[1] is False
@@ -626,6 +695,10 @@ def test_only_new_files(tmp_path: Path) -> None:
     # A run that continues takes the files it began with.
     assert pretokenize(recipe, tmp_path / "second", only_new=[tmp_path / "first"]).status == "already complete"
     made = pretokenize(recipe, tmp_path / "third", only_new=[tmp_path / "first", tmp_path / "second"])
+    pretokenize(msgspec.structs.replace(recipe, total_tokens=2), tmp_path / "cut")
+    write_parquet(corpus / "d.parquet", ["five"])
+    pretokenize(recipe, tmp_path / "after", only_new=[tmp_path / "cut"])
+    assert any("stopped at 2 tokens" in note for note in manifest.load(tmp_path / "after").notes)
     assert (made.documents, verify(tmp_path / "third", deep=5).passed) == (1, True)
     other = tmp_path / "other"
     write_parquet(other / "a.parquet", ["one", "two"])

@@ -132,6 +132,8 @@ def test_refusals(roots: list[Path], tmp_path: Path) -> None:
     view = built(roots, tmp_path)
     with pytest.raises(errors.DataRootError, match="expected a view, found none"):
         write_view(roots[0], tmp_path / "out")
+    with pytest.raises(errors.DataRootError, match="is a view"):
+        write_view(view, view)
     with pytest.raises(errors.DataRootError, match="that tokenmill pretokenize made"):
         write_view(view, roots[0])
     write_view(view, tmp_path / "out", shard_size=1_000)

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -124,6 +125,16 @@ def exit_interrupted(what: str, stop: InterruptedByUserError) -> NoReturn:
     log.info("interrupted")
     click.echo(f"tokenmill: stopped: {what}", err=True)
     sys.exit(stop.exit_code)
+
+
+@contextmanager
+def end_on_signals(describe: Callable[[], str]) -> Iterator[None]:
+    """Catch signals as `catch_signals` does, and end the process after one with what `describe` says is left."""
+    catch_signals(describe)
+    try:
+        yield
+    except InterruptedByUserError as stop:
+        exit_interrupted(describe(), stop)
 
 
 def catch_signals(describe: Callable[[], str] = lambda: RESUME, seconds: float = GRACE_SECONDS) -> None:

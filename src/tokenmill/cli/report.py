@@ -424,7 +424,9 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
             shown.append(f"{'':>27}  where {source.where}")
         if source.removed:
             shown.append(f"{'':>27}  without {_plural(len(source.removed), 'document')} of a removal list")
-        shown += [f"{'':>13} {count:>13,}  left out: {_REASONS[why]}" for why, count in source.left_out.items()]
+        shown += [
+            f"{'':>13} {count:>13,}  left out: {_REASONS.get(why, why)}" for why, count in source.left_out.items()
+        ]
     return shown
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tokenmill.cli.console import catch_signals, print_result
+from tokenmill.cli.console import end_on_signals, print_result
 from tokenmill.cli.options import (
     Count,
     combine,
@@ -69,9 +69,11 @@ def verify(
 
     if options["quick"] and options["deep"]:
         raise click.UsageError("--quick and --deep exclude each other")
-    catch_signals(lambda: "the data set was not proven")
     store = StoreOptions(endpoint_url, anonymous, max_document_nbytes=max_document_nbytes)
-    with byte_display(quiet=quiet or as_json) as on_progress:
+    with (
+        end_on_signals(lambda: "the data set was not proven"),
+        byte_display(quiet=quiet or as_json) as on_progress,
+    ):
         result = prove(
             data_root,
             dataset=dataset or None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tokenmill.cli.console import RESUME, catch_signals, log_to, print_result
+from tokenmill.cli.console import RESUME, end_on_signals, log_to, print_result
 from tokenmill.cli.options import Count, json_option, output_argument, worker_count, workers_option
 
 
@@ -39,8 +39,10 @@ def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
     from tokenmill.views.build import plan_view
     from tokenmill.views.spec import load_spec
 
-    catch_signals(lambda: "nothing was written")
-    with count_display("documents", quiet=quiet or as_json) as on_progress:
+    with (
+        end_on_signals(lambda: "nothing was written"),
+        count_display("documents", quiet=quiet or as_json) as on_progress,
+    ):
         built = plan_view(load_spec(spec), on_progress=on_progress)
     print_result(built.record, report.view_lines(built.record, built.duplicates), as_json=as_json)
 
@@ -61,8 +63,10 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
     from tokenmill.views.build import build_view
     from tokenmill.views.spec import load_spec
 
-    catch_signals(lambda: "no view was stored")
-    with count_display("documents", quiet=quiet or as_json) as on_progress:
+    with (
+        end_on_signals(lambda: "no view was stored"),
+        count_display("documents", quiet=quiet or as_json) as on_progress,
+    ):
         built, was_there = build_view(load_spec(spec), folder, on_progress=on_progress)
     last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
     lines = [*report.view_lines(built.record, built.duplicates), last]
@@ -92,8 +96,10 @@ def write(
 
     atomic.make_root(output)
     log_to(output)
-    catch_signals(lambda: f"whole shards are kept in {output}; {RESUME}")
-    with count_display("tokens", quiet=quiet or as_json) as on_progress:
+    with (
+        end_on_signals(lambda: f"whole shards are kept in {output}; {RESUME}"),
+        count_display("tokens", quiet=quiet or as_json) as on_progress,
+    ):
         found = write_view(
             folder, output, shard_size=shard_size, workers=worker_count(workers), on_progress=on_progress
         )

@@ -6,6 +6,7 @@ its sources. `docs/format.md` specifies the files.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.dataroot import layout
+from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.manifest import FileRecord, TokenizerRecord
 from tokenmill.dataroot.view_record import ViewRecord, load_view, require_pinned, source_root
@@ -300,6 +301,36 @@ def _dictionary_of(table: pa.Table) -> list[str]:
     return found
 
 
+def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
+    """Return the index of a view once it is what its record says, read whole.
+
+    Raises:
+        DataRootError: it is not, or names tokens that its sources do not have.
+    """
+    for name, sha256 in ((layout.VIEW_BEGINS, record.begins_sha256), (layout.VIEW_PLACES, record.places_sha256)):
+        path = folder / name
+        if not path.is_file():
+            raise DataRootError(f"{path}: is missing", next_step="build the view again")
+        with atomic.translate_read_errors(path), path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise DataRootError(
+                f"{path}: expected sha256 {sha256}, found {found}",
+                next_step="build the view again, or restore the file",
+            )
+    begins = MappedArray(Piece(folder / layout.VIEW_BEGINS, record.documents + 1), _INDEX).array
+    places = MappedArray(Piece(folder / layout.VIEW_PLACES, record.documents), _INDEX).array
+    tokens = sum(source.tokens for source in record.sources)
+    is_right = int(begins[0]) == 0 and int(begins[-1]) == record.tokens
+    if is_right and len(places):
+        is_right = int(places.min()) >= 0 and int(places.max()) < tokens and bool((begins[1:] > begins[:-1]).all())
+    if not is_right:
+        raise DataRootError(
+            f"{folder}: its index names tokens that its sources do not have", next_step="build the view again"
+        )
+    return ViewIndex(begins, places)
+
+
 def open_root(root: Path) -> DataRoot | OpenView:
     """Open a data root, or a view, with what is recorded of it.
 
@@ -321,7 +352,15 @@ def open_view(folder: Path) -> OpenView | None:
     sources: list[DataRoot] = []
     for source in record.sources:
         root = source_root(folder, source)
-        manifest = require_pinned(root, manifests.load(root) if root.is_dir() else None, source)
+        with atomic.translate_read_errors(root):
+            manifest = require_pinned(root, manifests.load(root) if root.is_dir() else None, source)
+        identity = "text" if manifest.documents_version > 1 else "tokens"
+        found = manifest.tokens, manifest.stored_dtype, manifest.tokenizer.sha256, identity
+        if found != (source.tokens, record.dtype, record.tokenizer_sha256, source.identity):
+            raise DataRootError(
+                f"{folder}: {layout.VIEW} does not agree with {root} in tokens, dtype, tokenizer or identity",
+                next_step="build the view again",
+            )
         sources.append(DataRoot(root, manifest, manifests.load_consolidated(root)))
     if not sources:
         raise DataRootError(f"{folder}: the view has no source", next_step="build it again")

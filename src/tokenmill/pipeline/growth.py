@@ -58,6 +58,16 @@ def find_new_files(recipe: Recipe, earlier: Sequence[Path], store: StoreOptions)
     return new
 
 
+def cut_short(earlier: Sequence[Path]) -> list[str]:
+    """Return a note for each earlier data root that stopped at `total_tokens`: the rest of its files is in none."""
+    found = [(root, manifests.load(root)) for root in earlier]
+    return [
+        f"{root}: stopped at {manifest.recipe.total_tokens} tokens, so documents of its files are in no data root"
+        for root, manifest in found
+        if manifest is not None and manifest.recipe.total_tokens == manifest.tokens
+    ]
+
+
 def _is_same_corpus(one: str | tuple[str, ...], other: str | tuple[str, ...]) -> bool:
     pair = [[each] if isinstance(each, str) else list(each) for each in (one, without_secrets(other))]
     if pair[0] == pair[1]:

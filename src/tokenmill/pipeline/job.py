@@ -23,7 +23,7 @@ from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.pipeline.cluster_engine import ClusterEngine
 from tokenmill.pipeline.driver import OnProgress
-from tokenmill.pipeline.growth import find_new_files
+from tokenmill.pipeline.growth import cut_short, find_new_files
 from tokenmill.pipeline.preflight import Preflight
 from tokenmill.pipeline.resume import refuse_inside, refuse_other, refuse_other_form
 from tokenmill.recipe import Recipe, validate_recipe
@@ -183,6 +183,7 @@ def load_agreeing(
     if manifest is None and only_new:
         names = ", ".join(map(str, only_new))
         inputs.encoder.notes.append(f"files of the corpus that earlier data roots were made from are left out: {names}")
+        inputs.encoder.notes += cut_short(only_new)
     refuse_inside(root, inputs.recipe, inputs.corpus)
     encoder = inputs.encoder
     if manifest is not None and encoder.notes and "gigatoken" in manifest.software.get("engine", ""):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,6 +145,12 @@ class ViewChecks:
             expected=self.record.tokenizer_sha256,
             found=sha256,
         )
+        for what, expected, found in (
+            ("tokens", source.tokens, manifest.tokens),
+            ("dtype", self.record.dtype, manifest.recipe.dtype),
+            ("identity of documents", source.identity, "text" if manifest.documents_version > 1 else "tokens"),
+        ):
+            self._require(expected == found, source.name, where, what, expected=expected, found=found)
         is_it = self._require(
             pin == source.pin, source.name, where, "digest of its shards", expected=source.pin, found=pin
         )
@@ -220,10 +227,12 @@ class ViewChecks:
         if self.record.duplicates == "first":
             counts["with the text of another"] = len(at) - len(np.unique(hashes))
         named = [entry.rsplit(None, 1) for entry in source.removed]
-        removed = np.array([int(words[0], 16) for words in named if len(words) == 1], np.uint64)
+        odd = [words[0] for words in named if len(words) == 1 and not re.fullmatch(r"[0-9a-f]{16}", words[0])]
+        self._require(not odd, layout.VIEW, source.name, "entries of a removal list", expected="a hash", found=odd[:1])
+        removed = np.array([int(words[0], 16) for words in named if words[0] not in odd and len(words) == 1], np.uint64)
         gone = np.isin(hashes, removed, kind="sort")  # NumPy 2.0 has no table of 64 bits without sign
         files = {file.path: number for number, file in enumerate(manifest.files)}
-        rows = {(files.get(words[0]), int(words[1])) for words in named if len(words) == 2}
+        rows = {(files.get(words[0]), int(words[1])) for words in named if len(words) == 2 and words[1].isdecimal()}
         for index in np.flatnonzero(np.isin(listed.row[at], np.array([row for _, row in rows], np.int64))).tolist():
             gone[index] |= (int(listed.file[at[index]]), int(listed.row[at[index]])) in rows
         counts["that were to be removed"] = int(np.count_nonzero(gone))

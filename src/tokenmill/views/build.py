@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.view_record import SourceRecord, ViewRecord, load_view, pin_of
 from tokenmill.errors import DataRootError, RecipeError
+from tokenmill.loading.view import check_index
 from tokenmill.views.catalogue import Catalogue
 from tokenmill.views.choice import DUPLICATE, OnDocuments, bases_of, choose, find_repeats, order_by_key
 from tokenmill.views.removal import RemovalList, load_removals
@@ -126,7 +128,9 @@ def build_view(
                 f"{folder}: holds another view, which trainers may rely on",
                 next_step="choose another directory, or delete this one",
             )
-        return built, True
+        with contextlib.suppress(DataRootError):
+            check_index(folder, before)
+            return built, True
     with atomic.translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock_data_root(folder):
@@ -147,7 +151,11 @@ def _foreign(folder: Path) -> Iterator[str]:
 
 def _from(folder: Path, root: str) -> str:
     """Return a data root's path as the record has it: relative to the view, if it is not absolute."""
-    return root if Path(root).is_absolute() else os.path.relpath(Path(root).absolute(), folder.absolute())
+    if Path(root).is_absolute():
+        return root
+    there = Path(root).absolute()
+    # Links on the way are followed, as the system does for `..`; the data root itself may be one.
+    return os.path.relpath(there.parent.resolve() / there.name, folder.absolute().resolve())
 
 
 def _digest(array: NDArray[np.int64]) -> str:

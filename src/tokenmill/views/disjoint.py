@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import DataRootError
-from tokenmill.loading.view import OpenView, open_view
+from tokenmill.loading.view import OpenView, check_index, open_view
 from tokenmill.views.catalogue import open_sources, taken_documents
 
 _LISTED = 10
@@ -77,7 +77,7 @@ def _tokens_of(view: OpenView, identity: str) -> tuple[str, str] | None:
 
 def _identities(view: OpenView) -> NDArray[np.uint64]:
     """Return the hash of each document in the order of the index, shape `(documents,)`."""
-    places = view.open_index().places
+    places = check_index(view.root, view.view).places
     found = np.empty(len(places), np.uint64)
     base = 0
     for source, catalogue in zip(view.view.sources, open_sources(view.root, view.view.sources), strict=True):

@@ -85,9 +85,9 @@ def parse_removals(lines: list[str], catalogue: Catalogue, name: str) -> Removal
     hashes: dict[int, str] = {}
     rows: dict[tuple[int, int], str] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
         named = _ROW.fullmatch(line)
+        if not line or (line.startswith("#") and (named is None or named[1] not in numbers)):
+            continue
         path = named[1].removeprefix(f"{catalogue.name}/") if named and named[1] not in numbers else named and named[1]
         if _HASH.fullmatch(line):
             hashes[int(line, 16)] = line.lower()

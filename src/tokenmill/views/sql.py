@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,39 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tokenmill.errors import RecipeError
+
+_NOT_CONDITIONS = re.compile(
+    r"\b(select|values|union|intersect|except|pivot|pragma|table|__row)\b|\(\s*(from|with)\b", re.I
+)
+"""Words of queries. A condition is asked of each sidecar, and says nothing of other documents."""
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.S)
+
+
+def _refuse_more_than_a_condition(text: str, where: str) -> None:
+    """Require an expression about one document: no query within, and no parenthesis that closes ours.
+
+    Raises:
+        RecipeError: it is more.
+    """
+    plain = _QUOTED.sub(" ", text)
+    depth = 0
+    for character in plain:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            break
+    word = _NOT_CONDITIONS.search(plain)
+    if depth or word:
+        what = (
+            "parentheses that do not match"
+            if depth
+            else f"{word[0].strip('( ').lower()!r}, a query within"
+            if word
+            else ""
+        )
+        raise RecipeError(
+            f"{where}: expected a condition about one document, found {what}",
+            next_step="compare the columns of the document with constants",
+        )
 
 
 class Condition:
@@ -31,6 +65,7 @@ class Condition:
                 f"{where}: needs DuckDB, which is not installed", next_step="run: pip install 'tokenmill[views]'"
             ) from None
         self._errors = duckdb.Error
+        _refuse_more_than_a_condition(text, where)
         self._text, self._where = text, where
         self._is_tried = False
         self._connection: Any = duckdb.connect(
@@ -60,6 +95,12 @@ class Condition:
             if not self._is_tried:
                 self._is_tried = True
                 self._refuse_another(query, found)
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # DuckDB reports a signal as an error of its own
+                raise error.__context__ from None
+            if "interrupted" in str(error).lower():
+                raise KeyboardInterrupt from None
+            raise
         except self._errors as error:
             raise RecipeError(
                 f"{self._where}: {str(error).splitlines()[0]}",

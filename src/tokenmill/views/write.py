@@ -19,8 +19,9 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.earlier_run import refuse_foreign, set_damaged_aside
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.manifest import Cursor, FileRecord, Manifest, ShardRecord, ViewOrigin
+from tokenmill.dataroot.view_record import load_view
 from tokenmill.errors import DataRootError, StorageError
-from tokenmill.loading.view import OpenView, ViewIndex, open_view
+from tokenmill.loading.view import OpenView, ViewIndex, check_index, open_view
 from tokenmill.options import available_cores
 from tokenmill.recipe import DEFAULT_SHARD_SIZE, Recipe
 from tokenmill.shards.ledger import balance, complete
@@ -100,6 +101,9 @@ def write_view(
         )
     if opened.view.documents == 0:
         raise DataRootError(f"{view}: has no documents", next_step="build a view that takes some")
+    check_index(opened.root, opened.view)
+    if Path(root).is_dir() and load_view(Path(root)) is not None:
+        raise DataRootError(f"{root}: is a view", next_step="choose another directory")
     fresh = _new_manifest(opened, str(view), shard_size)
     atomic.make_root(root)
     with lock_data_root(root):
