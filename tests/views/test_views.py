@@ -10,12 +10,14 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
@@ -41,6 +43,7 @@ from tokenmill.views import order
 from tokenmill.views.build import build_view, plan_view
 from tokenmill.views.disjoint import prove_disjoint
 from tokenmill.views.spec import ViewSource, ViewSpec, load_spec
+from tokenmill.views.sql import Condition
 from tokenmill.views.write import write_view
 
 MASK = 2**64 - 1
@@ -345,6 +348,28 @@ INJECTED = (
     "((true)",
     "__row < 5",
 )
+
+
+def test_a_signal_ends_a_condition_that_takes_long() -> None:
+    """What its handler raises comes through DuckDB, which would make another error of it."""
+
+    class StopError(KeyboardInterrupt):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise StopError
+
+    table = pa.table({"source": ["a" * 50] * 200_000})
+    slow = "length(regexp_replace(repeat(source, 2000), '(a|b)*c', 'b', 'g')) > 3"
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with Condition(slow, "a test") as condition:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(StopError):
+                condition.rows(table)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_removal(roots: dict[str, Path], tmp_path: Path) -> None:
