@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +69,7 @@ class Condition:
         _refuse_more_than_a_condition(text, where)
         self._text, self._where = text, where
         self._is_tried = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sql")
         self._connection: Any = duckdb.connect(
             config={"enable_external_access": "false", "lock_configuration": "true", "threads": "1"}
         )
@@ -78,6 +80,7 @@ class Condition:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._thread.shutdown()
         self._connection.close()
 
     def rows(self, table: pa.Table) -> NDArray[np.int64]:
@@ -91,16 +94,10 @@ class Condition:
         try:
             self._refuse_several(query)
             self._connection.register("documents", numbered)
-            found: NDArray[np.int64] = self._connection.execute(query).fetchnumpy()["__row"]
+            found = self._ask(query)
             if not self._is_tried:
                 self._is_tried = True
                 self._refuse_another(query, found)
-        except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # DuckDB reports a signal as an error of its own
-                raise error.__context__ from None
-            if "interrupted" in str(error).lower():
-                raise KeyboardInterrupt from None
-            raise
         except self._errors as error:
             raise RecipeError(
                 f"{self._where}: {str(error).splitlines()[0]}",
@@ -108,8 +105,18 @@ class Condition:
             ) from None
         return np.sort(found)
 
+    def _ask(self, query: str) -> NDArray[np.int64]:
+        """Return the rows that a query gives; asked on a thread, as DuckDB loses what a signal's handler raises."""
+        answer = self._thread.submit(lambda: self._connection.execute(query).fetchnumpy()["__row"])
+        try:
+            found: NDArray[np.int64] = answer.result()
+        except BaseException:
+            self._connection.interrupt()
+            raise
+        return found
+
     def _refuse_another(self, query: str, found: NDArray[np.int64]) -> None:
-        if not np.array_equal(found, self._connection.execute(query).fetchnumpy()["__row"]):
+        if not np.array_equal(found, self._ask(query)):
             raise self._errors("it is not the same each time that it is asked")
 
     def _refuse_several(self, query: str) -> None:
