@@ -29,7 +29,7 @@ class TokenDataset(Dataset[torch.Tensor]):
     """The samples of a data root as tensors, for a `torch.utils.data.DataLoader`.
 
     `ds[i]` is a sample, shape `(seq_len,)`, and `ds[[3, 1, 2]]` a batch, shape `(3, seq_len)`: memory of their
-    own, never the file. Any `DataLoader` takes it; `loader` makes the one that copies least.
+    own, never the file. Any `DataLoader` takes it, and PyTorch's own collation copies no batch again.
 
     Args:
         root, seq_len, stored_dtype, tokenizer_sha256: as `root`, `seq_len`, `dtype`, `tokenizer_sha256` of

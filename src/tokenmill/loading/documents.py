@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,16 @@ class Document(NamedTuple):
     row: int
     text_xxh3: int | None = None
     """XXH3-64 of its text; None where the sidecar has none."""
+
+
+def file_numbers(table: pa.Table, numbers: Mapping[str, int]) -> NDArray[np.int64]:
+    """Return the number of each document's source file, shape `(documents,)`; -1 for one that has none."""
+    if len(table) == 0:
+        return np.empty(0, np.int64)
+    source = table["source"].combine_chunks()
+    known = np.array([numbers.get(path, -1) for path in source.dictionary.to_pylist()], np.int64)
+    found: NDArray[np.int64] = known[source.indices.to_numpy()]
+    return found
 
 
 class DocumentIndex:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenmill.corpus.order import file_order, row_order
 from tokenmill.errors import DataRootError
 from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.documents import file_numbers
 from tokenmill.loading.samplers import permute
 from tokenmill.loading.view import OpenView, open_root, sample_key
 
@@ -107,11 +108,7 @@ def _of_root(found: DataRoot) -> DocumentOrder:
     columns: list[list[NDArray[np.int64]]] = []
     hashes: list[NDArray[np.uint64]] = []
     for table in found.documents().tables():
-        if not len(table):
-            continue
-        source = table["source"].combine_chunks()
-        files = np.array([numbers.get(path, -1) for path in source.dictionary.to_pylist()], np.int64)
-        columns.append([files[source.indices.to_numpy()], table["row"].to_numpy(), table["tokens"].to_numpy()])
+        columns.append([file_numbers(table, numbers), table["row"].to_numpy(), table["tokens"].to_numpy()])
         if "text_xxh3" in table.column_names:
             hashes.append(table["text_xxh3"].to_numpy())
     file, row, tokens = (np.concatenate(each) for each in zip(*columns, strict=True))

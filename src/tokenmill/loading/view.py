@@ -76,7 +76,7 @@ class ViewStream:
         self.dtype = streams[0].dtype
         self._streams = streams
         self._bases = np.cumsum([0, *(stream.tokens for stream in streams)])
-        self._index = index
+        self.index = index
         self._seq_len = seq_len
         self._key = key
         tokens = int(index.begins[-1])
@@ -93,7 +93,7 @@ class ViewStream:
         pieces = [
             self._read(first, last)
             for inner_begin, inner_end in self.unshuffled(begin, end)
-            for first, last in self._index.runs(inner_begin, inner_end)
+            for first, last in self.index.runs(inner_begin, inner_end)
         ]
         if not pieces:
             return np.empty(0, self.dtype)
@@ -196,9 +196,7 @@ class OpenView(NamedTuple):
 
     def open_index(self) -> ViewIndex:
         """Return its index, mapped."""
-        begins = MappedArray(Piece(self.root / layout.VIEW_BEGINS, self.view.documents + 1), _INDEX).array
-        places = MappedArray(Piece(self.root / layout.VIEW_PLACES, self.view.documents), _INDEX).array
-        return ViewIndex(begins, places)
+        return _map_index(self.root, self.view)
 
     def documents(self) -> ViewDocuments:
         """Return its documents."""
@@ -221,8 +219,8 @@ class ViewDocuments:
 
     def __init__(self, view: OpenView) -> None:
         self._view = view
-        self._index = view.open_index()
         self._stream = view.tokens()
+        self._index = self._stream.index
         self._bases = np.cumsum([0, *(source.tokens for source in view.view.sources)])
         self._documents: list[DocumentIndex] = [source.documents() for source in view.sources]
 
@@ -318,8 +316,7 @@ def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
                 f"{path}: expected sha256 {sha256}, found {found}",
                 next_step="build the view again, or restore the file",
             )
-    begins = MappedArray(Piece(folder / layout.VIEW_BEGINS, record.documents + 1), _INDEX).array
-    places = MappedArray(Piece(folder / layout.VIEW_PLACES, record.documents), _INDEX).array
+    begins, places = index = _map_index(folder, record)
     tokens = sum(source.tokens for source in record.sources)
     is_right = int(begins[0]) == 0 and int(begins[-1]) == record.tokens
     if is_right and len(places):
@@ -328,6 +325,12 @@ def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
         raise DataRootError(
             f"{folder}: its index names tokens that its sources do not have", next_step="build the view again"
         )
+    return index
+
+
+def _map_index(folder: Path, record: ViewRecord) -> ViewIndex:
+    begins = MappedArray(Piece(folder / layout.VIEW_BEGINS, record.documents + 1), _INDEX).array
+    places = MappedArray(Piece(folder / layout.VIEW_PLACES, record.documents), _INDEX).array
     return ViewIndex(begins, places)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from tokenmill.dataroot.view_record import Identity, SourceRecord
 from tokenmill.encoding.text_hash import bytes_hash
 from tokenmill.errors import DataRootError
 from tokenmill.loading.data_root import DataRoot, TokenStream
+from tokenmill.loading.documents import file_numbers
 from tokenmill.loading.view import open_view
 
 
@@ -77,17 +78,13 @@ class Catalogue:
 
     def _documents(self, table: pa.Table) -> Documents:
         start, length, row = (table[name].to_numpy() for name in ("start", "tokens", "row"))
-        source = table["source"].combine_chunks() if len(table) else None
-        file = np.empty(0, np.int64)
-        if source is not None:
-            names = source.dictionary.to_pylist()
-            unknown = next((name for name in names if name not in self._numbers), None)
-            if unknown is not None:
-                raise DataRootError(
-                    f"{self.root}: a documents sidecar names {unknown}, which the manifest does not list",
-                    next_step="run tokenmill verify on the data root",
-                )
-            file = np.array([self._numbers[name] for name in names], np.int64)[source.indices.to_numpy()]
+        file = file_numbers(table, self._numbers)
+        if len(file) and int(file.min()) < 0:
+            unknown = table["source"][int(np.argmin(file))].as_py()
+            raise DataRootError(
+                f"{self.root}: a documents sidecar names {unknown}, which the manifest does not list",
+                next_step="run tokenmill verify on the data root",
+            )
         if len(start) and (int(start[0]) < 0 or int(start[-1]) >= self.stream.tokens or int(length.min()) < 1):
             raise DataRootError(
                 f"{self.root}: a documents sidecar names tokens that the stream does not have",
@@ -117,8 +114,9 @@ def taken_documents(catalogue: Catalogue, places: NDArray[np.int64]) -> Document
     Raises:
         DataRootError: none begins at one of them.
     """
-    found: list[Documents] = []
-    for _, documents in catalogue.tables():
+    none = np.empty(0, np.int64)
+    found = [Documents(none, none, none, none, np.empty(0, np.uint64))]
+    for _, documents in catalogue.tables() if len(places) else ():
         at = np.searchsorted(places, documents.start)
         found.append(documents.chosen(at < np.searchsorted(places, documents.start, side="right")))
     joined = Documents._make(np.concatenate(columns) for columns in zip(*found, strict=True))
@@ -129,6 +127,22 @@ def taken_documents(catalogue: Catalogue, places: NDArray[np.int64]) -> Document
             next_step="run tokenmill verify on the data root; if it passes, build the view again",
         )
     return joined
+
+
+def documents_at(
+    catalogues: Iterable[Catalogue], places: NDArray[np.int64]
+) -> Iterator[tuple[Catalogue, NDArray[np.int64], Documents]]:
+    """Yield, for each data root, which of `places` lie in it, in the order of its stream, and their documents.
+
+    Places are counted over the streams of all data roots one after the other.
+    """
+    order = np.argsort(places, kind="stable")
+    ranked = places[order]
+    base = 0
+    for catalogue in catalogues:
+        here = slice(*np.searchsorted(ranked, [base, base + catalogue.stream.tokens]).tolist())
+        yield catalogue, order[here], taken_documents(catalogue, ranked[here] - base)
+        base += catalogue.stream.tokens
 
 
 def open_sources(folder: Path, sources: list[SourceRecord]) -> Iterator[Catalogue]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.errors import DataRootError
-from tokenmill.views.catalogue import Catalogue, taken_documents
+from tokenmill.views.catalogue import Catalogue, documents_at
 from tokenmill.views.order import document_keys, file_key, is_held_out
 from tokenmill.views.removal import RemovalList
 from tokenmill.views.spec import ViewSource, ViewSpec
@@ -180,15 +180,8 @@ class _Origins(NamedTuple):
     def of(cls, places: NDArray[np.int64], catalogues: list[Catalogue]) -> _Origins:
         """Read the origins of documents at `places`, in any order."""
         found = cls(*(np.empty(len(places), np.int64) for _ in range(3)))
-        bases = bases_of(catalogues)
-        order = np.argsort(places, kind="stable")
-        ranked = places[order]
         names = sorted(catalogue.name for catalogue in catalogues)
-        for number, catalogue in enumerate(catalogues):
-            here = order[slice(*np.searchsorted(ranked, bases[number : number + 2]).tolist())]
-            if len(here) == 0:
-                continue
-            documents = taken_documents(catalogue, places[here] - bases[number])
+        for catalogue, here, documents in documents_at(catalogues, places):
             paths = [file.path for file in catalogue.manifest.files]
             rank = np.empty(len(paths), np.int64)
             rank[np.array(sorted(range(len(paths)), key=paths.__getitem__))] = np.arange(len(paths))

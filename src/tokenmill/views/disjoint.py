@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokenmill.errors import DataRootError
 from tokenmill.loading.view import OpenView, check_index, open_view
-from tokenmill.views.catalogue import open_sources, taken_documents
+from tokenmill.views.catalogue import documents_at, open_sources
 
 _LISTED = 10
 
@@ -79,12 +79,8 @@ def _identities(view: OpenView) -> NDArray[np.uint64]:
     """Return the hash of each document in the order of the index, shape `(documents,)`."""
     places = check_index(view.root, view.view).places
     found = np.empty(len(places), np.uint64)
-    base = 0
-    for source, catalogue in zip(view.view.sources, open_sources(view.root, view.view.sources), strict=True):
-        here = np.flatnonzero((places >= base) & (places < base + source.tokens))
-        ranked = here[np.argsort(places[here], kind="stable")]
-        found[ranked] = taken_documents(catalogue, places[ranked] - base).identity
-        base += source.tokens
+    for _, here, documents in documents_at(open_sources(view.root, view.view.sources), places):
+        found[here] = documents.identity
     return found
 
 

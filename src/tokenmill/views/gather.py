@@ -173,10 +173,6 @@ class Buckets:
         self._loaded.number, self._loaded.tokens = number, out
         return out
 
-    def remove(self) -> None:
-        """Remove the files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
 
 def available_memory_nbytes() -> int | None:
     """Return the memory that programs can have without the system's writing any to disk; None if it does not tell."""

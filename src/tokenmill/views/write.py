@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from tokenmill.dataroot.view_record import load_view
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.loading.view import OpenView, ViewIndex, check_index, open_view
 from tokenmill.options import available_cores
-from tokenmill.recipe import DEFAULT_SHARD_SIZE, Recipe
+from tokenmill.recipe import Recipe
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.recorder import Recorder
 from tokenmill.shards.shard import ShardWriter
 from tokenmill.shards.token_sink import FileSink
-from tokenmill.views.catalogue import open_sources, taken_documents
+from tokenmill.views.catalogue import Catalogue, documents_at, open_sources
 from tokenmill.views.gather import Buckets, Gatherer, Places, available_memory_nbytes
 
 BLOCK_TOKENS = 1 << 21
@@ -107,7 +107,7 @@ def write_view(
     fresh = _new_manifest(opened, str(view), shard_size)
     atomic.make_root(root)
     with lock_data_root(root):
-        manifest = _agreeing(root, fresh)
+        manifest = _agreeing(root, fresh, opened)
         atomic.remove_partials(root)
         set_damaged_aside(root, manifest)
         wanted = -(-opened.view.tokens // manifest.recipe.shard_size)
@@ -150,26 +150,18 @@ def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manife
         dataset=view,
         tokenizer=first.tokenizer.name,
         order="sequential",
-        shard_size=shard_size or first.recipe.shard_size or DEFAULT_SHARD_SIZE,
+        shard_size=shard_size or first.recipe.shard_size,
         seq_len=record.seq_len,
         dtype=first.recipe.dtype,
         eos_token=first.recipe.eos_token,
         special_in_text=special.pop() if len(special) == 1 else "parse",
     )
-    places, base = opened.open_index().places, 0
-    files: list[FileRecord] = []
-    for source, catalogue in zip(record.sources, open_sources(opened.root, record.sources), strict=True):
-        here = np.sort(places[(places >= base) & (places < base + source.tokens)]) - base
-        counts = np.bincount(taken_documents(catalogue, here).file, minlength=len(catalogue.manifest.files))
-        for file, count in zip(catalogue.manifest.files, counts.tolist(), strict=True):
-            files.append(FileRecord(f"{source.name}/{file.path}", file.nbytes, count, file.etag))
-        base += source.tokens
     return Manifest(
         recipe=recipe,
         fingerprint=recipe.fingerprint,
         tokenizer=first.tokenizer,
         software=first.software,
-        files=files,
+        files=[],
         source_rules=first.source_rules,
         documents_version=layout.DOCUMENTS_VERSION,
         view=ViewOrigin(
@@ -185,11 +177,26 @@ def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manife
     )
 
 
-def _agreeing(root: Path, fresh: Manifest) -> Manifest:
+def _files(opened: OpenView) -> list[FileRecord]:
+    """Return the files of all sources; their rows are the documents that the view takes."""
+    found: list[FileRecord] = []
+    for catalogue, _, documents in documents_at(_open_sources(opened), opened.open_index().places):
+        counts = np.bincount(documents.file, minlength=len(catalogue.manifest.files)).tolist()
+        for file, count in zip(catalogue.manifest.files, counts, strict=True):
+            found.append(FileRecord(f"{catalogue.name}/{file.path}", file.nbytes, count, file.etag))
+    return found
+
+
+def _open_sources(opened: OpenView) -> Iterator[Catalogue]:
+    return open_sources(opened.root, opened.view.sources)
+
+
+def _agreeing(root: Path, fresh: Manifest, opened: OpenView) -> Manifest:
     """Return the manifest of an earlier run, which must be of the same view; the fresh one if there was none."""
     found = manifests.load(root)
     if found is None:
         refuse_foreign(root)
+        fresh.files = _files(opened)
         return fresh
     if found.view is None:
         raise DataRootError(
@@ -219,9 +226,9 @@ def _write_shards(
         memory = available_memory_nbytes()
         through_disk = (
             memory is not None
-            and sum(source.tokens for source in opened.view.sources) * (manifest.itemsize) > memory // 2
+            and sum(source.tokens for source in opened.view.sources) * manifest.itemsize > memory // 2
         )
-    left = sum(manifest.recipe.shard_size for _ in missing) * manifest.itemsize
+    left = len(missing) * manifest.recipe.shard_size * manifest.itemsize
     needed = min(nbytes, left) + (nbytes if through_disk and not (root / _BUCKETS).exists() else 0)
     if (free := shutil.disk_usage(root).free) < needed:
         raise StorageError(
@@ -265,14 +272,11 @@ def _write_shards(
 def _origins(opened: OpenView, index: ViewIndex) -> _Rows:
     count = len(index.places)
     rows = _Rows(np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.uint64))
-    base = files = 0
-    for source, catalogue in zip(opened.view.sources, open_sources(opened.root, opened.view.sources), strict=True):
-        here = np.flatnonzero((index.places >= base) & (index.places < base + source.tokens))
-        here = here[np.argsort(index.places[here])]
-        documents = taken_documents(catalogue, index.places[here] - base)
+    files = 0
+    for catalogue, here, documents in documents_at(_open_sources(opened), index.places):
         rows.file[here], rows.row[here] = documents.file + files, documents.row
         rows.identity[here] = documents.identity
-        base, files = base + source.tokens, files + len(catalogue.manifest.files)
+        files += len(catalogue.manifest.files)
     return rows
 
 
