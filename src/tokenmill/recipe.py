@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -30,6 +30,51 @@ _COUNTS = {"buffer_size", "shard_size", "total_tokens", "seq_len"}
 """Fields that may be written as `"150Gi"` or `"1e9"`."""
 
 
+SIDECAR_COLUMNS = ("start", "tokens", "source", "row", "text_xxh3")
+"""Columns of the documents sidecar that are not metadata."""
+
+_KINDS = ("string", "int64", "float64", "bool")
+
+
+class MetadataColumn(NamedTuple):
+    """A value that the documents sidecar keeps of each row, beside its text."""
+
+    name: str
+    """Of the sidecar's column."""
+    path: str
+    """Of the source: a column or JSON field of that name; else, after dots, one inside another."""
+    kind: str
+    """`string`, `int64`, `float64` or `bool`."""
+
+    @classmethod
+    def parse(cls, text: str) -> MetadataColumn:
+        """Return what `[NAME=]PATH[:TYPE]` means.
+
+        Raises:
+            ValueError: nothing.
+        """
+        rest, _, kind = text.rpartition(":")
+        if not rest or kind not in _KINDS:
+            rest, kind = text, "string"
+        name, _, path = rest.rpartition("=")
+        if not all(path.split(".")) or (not name and "=" in rest):
+            raise ValueError(f"metadata column {text!r}: expected [NAME=]PATH[:{'|'.join(_KINDS)}]")
+        return cls(name or path, path, kind)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.path}:{self.kind}"
+
+    @property
+    def arrow_type(self) -> str:
+        """Arrow's name of the type it is stored in; the offsets of strings have 64 bits, as many may be together."""
+        return "large_string" if self.kind == "string" else self.kind
+
+    @property
+    def parts(self) -> list[str]:
+        """The names that its path goes through."""
+        return self.path.split(".")
+
+
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What defines the bytes of a data set.
 
@@ -45,6 +90,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A directory with `tokenizer.json`, such a file, or a hub name (`owner/name[@revision]`)."""
     text_column: str = "text"
     """Column of parquet and Arrow files, or field of JSON Lines, that holds the documents."""
+    metadata_columns: tuple[str, ...] = ()
+    """Other columns or fields that the documents sidecar keeps, each as `[NAME=]PATH[:TYPE]` with TYPE `string` (if
+    left out), `int64`, `float64` or `bool`. A value that is missing is null."""
     text_separator: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Ends each document of a plain text file; null makes every file one document."""
     order: Literal["buffer", "sequential"] = "buffer"
@@ -66,6 +114,24 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seq_len: Positive = 2048
     """Tokens per training sample."""
 
+    def __post_init__(self) -> None:
+        """Require that the metadata columns can be told apart."""
+        taken: set[str] = set()
+        for column in self.metadata:
+            if column.name.lower() in SIDECAR_COLUMNS:
+                raise ValueError(
+                    f"metadata column {column.path!r}: the sidecar has a column {column.name!r} of its own: give it "
+                    f"another name, such as doc_{column.name}={column.path}"
+                )
+            if column.name.lower() in taken:
+                raise ValueError(f"metadata column {column.name!r} is named twice")
+            taken.add(column.name.lower())
+
+    @property
+    def metadata(self) -> tuple[MetadataColumn, ...]:
+        """The metadata columns."""
+        return tuple(map(MetadataColumn.parse, self.metadata_columns))
+
     def shard_tokens(self, index: int) -> int:
         """Number of tokens of shard `index` if the corpus does not end before it does."""
         if self.total_tokens is None:
@@ -74,20 +140,22 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON."""
+        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON; no metadata columns are left out."""
         return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
 
     def difference(self, other: Recipe) -> str | None:
         """Return the first setting in which `other` would make other bytes, as `field: mine, theirs`."""
         mine, theirs = self._settings(), other._settings()
-        for field, value in mine.items():
-            if value != theirs[field]:
-                return f"{field} = {value!r} there, {theirs[field]!r} here"
+        for field in {**mine, **theirs}:
+            if mine.get(field) != theirs.get(field):
+                return f"{field} = {mine.get(field)!r} there, {theirs.get(field)!r} here"
         return None
 
     def _settings(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
         del fields["dataset"], fields["tokenizer"]
+        if not self.metadata_columns:  # as before there were any
+            del fields["metadata_columns"]
         return fields
 
 

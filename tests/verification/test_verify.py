@@ -531,7 +531,7 @@ def test_deep_finds_another_order(roots: dict[str, Path], tmp_path: Path, corpus
     shutil.copytree(roots["shards"], root)
     edit(lambda m: m["recipe"].update(seed=99))(root)
     fields = json.loads((root / "manifest.json").read_text())["recipe"]
-    del fields["dataset"], fields["tokenizer"]
+    del fields["dataset"], fields["tokenizer"], fields["metadata_columns"]
     settings = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     edit(lambda m: m.update(fingerprint=hashlib.sha256(settings.encode()).hexdigest()))(root)
     assert verify(root).passed

@@ -78,6 +78,14 @@ recipe_options = combine(
             "--text-column", metavar="NAME", help="Column or JSON field that holds the documents.  [default: text]"
         ),
         click.option(
+            "--metadata-column",
+            "metadata_columns",
+            multiple=True,
+            metavar="[NAME=]PATH[:TYPE]",
+            help="Column or JSON field that is kept of each document, to select by it later (may be repeated); "
+            "meta.lang is one inside another; TYPE is string (the default), int64, float64 or bool.",
+        ),
+        click.option(
             "--text-separator",
             metavar="STRING",
             help="String that ends a document in plain text files.  [default: each file is one document]",

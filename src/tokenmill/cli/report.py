@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from tokenmill.cli.progress import count, duration
@@ -274,9 +275,14 @@ def place_lines(place: Provenance) -> list[str]:
     sample = "after the last whole sample" if place.sample is None else f"sample {place.sample:,}"
     known = f", id {place.sample_id}" if place.sample_id else ""
     span = f"token {place.begin:,}" if place.end == place.begin + 1 else f"tokens {place.begin:,} to {place.end - 1:,}"
-    hashed = (f", text_xxh3 {part.text_xxh3}" if part.text_xxh3 else "" for part in place.documents)
-    origins = [f"  {_origin(part)}{text}" for part, text in zip(place.documents, hashed, strict=True)]
+    origins = [f"  {_origin(part)}{_identity(part)}" for part in place.documents]
     return [f"{sample}{known}: {span} of the stream", *origins]
+
+
+def _identity(part: DocumentSlice) -> str:
+    """Return the hash of a document's text and its metadata, as far as they are known."""
+    hashed = f", text_xxh3 {part.text_xxh3}" if part.text_xxh3 else ""
+    return hashed + "".join(f", {name} {json.dumps(value)}" for name, value in part.metadata.items())
 
 
 def _origin(part: DocumentSlice) -> str:

@@ -18,6 +18,7 @@ from tokenmill.corpus.streamed import ArrowFile, JsonLinesFile, TextFile
 from tokenmill.corpus.whole_file import WholeFile
 from tokenmill.errors import SourceError
 from tokenmill.options import StoreOptions
+from tokenmill.recipe import MetadataColumn
 
 
 class Corpus(NamedTuple):
@@ -28,6 +29,7 @@ class Corpus(NamedTuple):
     text_column: str
     text_separator: str | None
     max_document_nbytes: int = StoreOptions().max_document_nbytes
+    metadata: tuple[MetadataColumn, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -51,15 +53,19 @@ class Corpus(NamedTuple):
         """
         file = self.files[index]
         name = self.name_of(file.path)
-        note_opened(name, self.text_column)
+        note_opened(name, self.text_column, *map(str, self.metadata))
         opener = functools.partial(self.location.open, file)
-        kind, limit = format_of(file.path), self.max_document_nbytes
+        kind, limit, metadata = format_of(file.path), self.max_document_nbytes, self.metadata
         if kind == "parquet":
-            return ParquetFile(name, opener, self.text_column, span_rows, limit=limit)
-        if kind == "jsonl":
-            return JsonLinesFile(name, opener, file.nbytes, self.text_column, span_rows, limit=limit)
-        if kind == "arrow":
-            return ArrowFile(name, opener, file.nbytes, self.text_column, span_rows, limit=limit)
+            return ParquetFile(name, opener, self.text_column, span_rows, metadata=metadata, limit=limit)
+        if kind in ("jsonl", "arrow"):
+            reader = JsonLinesFile if kind == "jsonl" else ArrowFile
+            return reader(name, opener, file.nbytes, self.text_column, span_rows, metadata=metadata, limit=limit)
+        if metadata:
+            raise SourceError(
+                f"{name}: plain text has no metadata columns ({', '.join(column.name for column in metadata)})",
+                next_step="leave metadata_columns (--metadata-column) out of the recipe",
+            )
         if self.text_separator is None:
             return WholeFile(name, opener, file.nbytes, limit=limit)
         return TextFile(name, opener, file.nbytes, self.text_separator, span_rows, limit=limit)
@@ -76,6 +82,7 @@ def find_corpus(
     options: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     *,
     only: Collection[str] | None = None,
+    metadata: tuple[MetadataColumn, ...] = (),
 ) -> Corpus:
     """Find the files that `dataset` means (see `location.locate`), or those among them whose paths are in `only`.
 
@@ -86,4 +93,4 @@ def find_corpus(
     files = tuple(location.files(only))
     if not files:
         raise SourceError(f"{location.name}: no files in it", next_step="check --dataset")
-    return Corpus(location, files, text_column, text_separator, options.max_document_nbytes)
+    return Corpus(location, files, text_column, text_separator, options.max_document_nbytes, metadata)

@@ -34,12 +34,12 @@ _opened: mmap.mmap | None = None
 _next_slot = 0
 
 
-def note_opened(path: str, text_column: str) -> None:
-    """Remember a source file that is about to be read, and the column that is read of it."""
+def note_opened(path: str, *columns: str) -> None:
+    """Remember a source file that is about to be read, and the columns that are read of it, the text's first."""
     global _next_slot  # noqa: PLW0603  # one per process, as the processes are
     if _opened is None:
         return
-    data = f"{path}\0{text_column}".encode(errors="surrogateescape")[: _SLOT_NBYTES - 1]
+    data = "\0".join([path, *columns]).encode(errors="surrogateescape")[: _SLOT_NBYTES - 1]
     at = (_next_slot % _SLOTS) * _SLOT_NBYTES
     _opened[at : at + _SLOT_NBYTES] = data.ljust(_SLOT_NBYTES, b"\0")
     _next_slot += 1
@@ -89,37 +89,36 @@ def _await(child: int, watched: set[signal.Signals]) -> int:
             os.kill(child, info.si_signo)
 
 
-def _last_opened() -> Iterator[tuple[str, str]]:
-    """Yield paths and text columns, each once."""
+def _last_opened() -> Iterator[tuple[str, ...]]:
+    """Yield paths with their columns, each once."""
     assert _opened is not None
     seen = set()
     for at in range(0, len(_opened), _SLOT_NBYTES):
-        path, _, column = (
-            bytes(_opened[at : at + _SLOT_NBYTES]).rstrip(b"\0").decode(errors="surrogateescape").partition("\0")
-        )
-        if path and (path, column) not in seen:
-            seen.add((path, column))
-            yield path, column
+        data = bytes(_opened[at : at + _SLOT_NBYTES]).rstrip(b"\0").decode(errors="surrogateescape")
+        opened = tuple(data.split("\0"))
+        if data and opened not in seen:
+            seen.add(opened)
+            yield opened
 
 
-def _explained(fault: signal.Signals, suspects: list[tuple[str, str]]) -> SourceError:
+def _explained(fault: signal.Signals, suspects: list[tuple[str, ...]]) -> SourceError:
     """Return which of the files ends a process that reads it."""
-    for path, column in suspects:
-        if Path(path).is_file() and _is_fatal(path, column):
+    for path, *columns in suspects:
+        if Path(path).is_file() and _is_fatal(path, *columns):
             return SourceError(
                 f"{path}: the library that reads it ends the process ({fault.name}): the file is damaged in a way it "
                 "does not survive",
                 next_step="mend, replace or exclude the file, then run the same command again",
             )
-    names = ", ".join(path for path, _ in suspects[:5])
+    names = ", ".join(path for path, *_ in suspects[:5])
     return SourceError(
         f"a library ended the process ({fault.name}) while one of {len(suspects)} source files was read: {names}",
         next_step="exclude these files one by one to find which, and report it; finished shards are kept",
     )
 
 
-def _is_fatal(path: str, column: str) -> bool:
-    line = [sys.executable, "-m", "tokenmill.corpus.crash", path, column]
+def _is_fatal(path: str, *columns: str) -> bool:
+    line = [sys.executable, "-m", "tokenmill.corpus.crash", path, *columns]
     try:
         done = subprocess.run(line, capture_output=True, timeout=_PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -127,13 +126,14 @@ def _is_fatal(path: str, column: str) -> bool:
     return done.returncode < 0
 
 
-def _read_through(path: str, column: str) -> None:
+def _read_through(path: str, text_column: str, *metadata: str) -> None:
     from tokenmill.corpus.corpus import find_corpus
+    from tokenmill.recipe import MetadataColumn
 
-    reader = find_corpus([path], column).open(0)
+    reader = find_corpus([path], text_column, metadata=tuple(map(MetadataColumn.parse, metadata))).open(0)
     for span in reader.spans():
         reader.read(span)
 
 
 if __name__ == "__main__":
-    _read_through(sys.argv[1], sys.argv[2])
+    _read_through(*sys.argv[1:])

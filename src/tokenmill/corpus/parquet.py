@@ -1,15 +1,16 @@
-"""Source, parquet: a file's text column, span by span.
+"""Source, parquet: a file's text column and metadata columns, span by span.
 
 A file is cut into spans along its row groups; large row groups are streamed, so memory follows the
-span and not the row group. Of a remote file only the column chunks of the text are read, ahead of
+span and not the row group. Of a remote file only the column chunks of these columns are read, ahead of
 whoever asks.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from tokenmill.corpus.crash import note_opened
 from tokenmill.corpus.location import MEND, file_gone_error
+from tokenmill.corpus.metadata import ArrowMetadata
 from tokenmill.corpus.page_sizes import BoundedPages, check_pages
 from tokenmill.corpus.reader import (
     MAX_ROWS,
@@ -33,6 +35,7 @@ from tokenmill.corpus.reader import (
     refuse_large,
 )
 from tokenmill.errors import SourceError
+from tokenmill.recipe import MetadataColumn
 from tokenmill.remote.remote_file import RemoteFile
 
 _PAGE_NBYTES = 1 << 30
@@ -60,6 +63,7 @@ class ParquetFile:
         opener: opens it.
         text_column: the column that holds the documents.
         span_rows: rows per span; None chooses about `TEXT_NBYTES` of text.
+        metadata: other columns that are read.
         limit: of a document, in bytes.
 
     Raises:
@@ -73,6 +77,7 @@ class ParquetFile:
         text_column: str,
         span_rows: int | None = None,
         *,
+        metadata: Sequence[MetadataColumn] = (),
         limit: int,
     ) -> None:
         self.name = name
@@ -97,6 +102,9 @@ class ParquetFile:
         except _UNREADABLE as error:
             raise SourceError(f"{name}: not a readable parquet file: {first_line(error)}", next_step=MEND) from None
         check_text_column(name, self._schema, text_column)
+        self.wants_metadata = bool(metadata)
+        self.metadata = ArrowMetadata(name, self._schema, metadata)
+        self._specs = [str(column) for column in metadata]
         self.rows = int(self._metadata.num_rows)
         try:
             self._units = list(self._plan_units())
@@ -113,22 +121,29 @@ class ParquetFile:
 
     def figures(self) -> Figures:
         """Exact rows; the size of the text is what the column holds less a length per row."""
-        column = sum(self._text_chunk(group).total_uncompressed_size for group in range(self._metadata.num_row_groups))
+        column = sum(
+            self._chunk(group, self.column).total_uncompressed_size for group in range(self._metadata.num_row_groups)
+        )
         return Figures(self.rows, max(0, column - 4 * self.rows), exact=True)
 
-    def sample(self) -> pa.Array:
+    def sample(self) -> Texts:
         """Return the first span."""
-        return self.read(self._unit_spans(0)[0]).array
+        return self.read(self._unit_spans(0)[0])
 
-    def _text_chunk(self, group: int) -> pq.ColumnChunkMetaData:
+    def _chunk(self, group: int, path: str) -> pq.ColumnChunkMetaData:
         metadata = self._metadata.row_group(group)
-        index = self._schema.get_field_index(self.column)
-        # Nested neighbours shift leaf columns, so look the text column up by its path.
+        index = max(0, self._schema.get_field_index(path))
+        # Nested neighbours shift leaf columns, so look a column up by its path.
         for leaf in range(index, metadata.num_columns):
             column = metadata.column(leaf)
-            if column.path_in_schema == self.column:
+            if column.path_in_schema == path:
                 return column
-        raise ValueError(f"row group {group} has no column {self.column!r}")
+        raise ValueError(f"row group {group} has no column {path!r}")
+
+    @property
+    def paths(self) -> list[str]:
+        """The columns that are read."""
+        return [self.column, *self.metadata.paths]
 
     def _plan_units(self) -> Iterator[_Unit]:
         """Neighbouring row groups, joined until they hold a span."""
@@ -137,7 +152,7 @@ class ParquetFile:
         for group in range(self._metadata.num_row_groups):
             groups.append(group)
             rows += self._metadata.row_group(group).num_rows
-            nbytes += self._text_chunk(group).total_uncompressed_size
+            nbytes += self._chunk(group, self.column).total_uncompressed_size
             enough = rows >= self._span_rows if self._span_rows else nbytes >= TEXT_NBYTES
             if enough or group == self._metadata.num_row_groups - 1:
                 if rows:
@@ -149,7 +164,7 @@ class ParquetFile:
 
     def _is_only_dictionary(self, group: int) -> bool:
         """Whether a row group holds each text once: its data pages are too small for more than an index per row."""
-        chunk = self._text_chunk(group)
+        chunk = self._chunk(group, self.column)
         if not chunk.has_dictionary_page or not chunk.dictionary_page_offset:
             return False
         data = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
@@ -187,16 +202,16 @@ class ParquetFile:
                     self._coming[span.unit] = opened
 
     def _stretches(self, unit: _Unit) -> Iterator[tuple[int, int]]:
-        """Yield where the file holds the text of a unit, as `(begin, end)`."""
-        for group in unit.groups:
-            chunk = self._text_chunk(group)
+        """Yield where the file holds the columns of a unit, as `(begin, end)`."""
+        for group, path in itertools.product(unit.groups, self.paths):
+            chunk = self._chunk(group, path)
             begin = chunk.data_page_offset
             if chunk.dictionary_page_offset is not None:
                 begin = min(begin, chunk.dictionary_page_offset)
             yield begin, begin + chunk.total_compressed_size
 
     def read(self, span: Span) -> Texts:
-        """Return the text column of a span, nulls kept.
+        """Return the text column and the metadata of a span, nulls kept.
 
         Each span is read once. Spans of one unit are decoded in sequence: whoever asks first decodes
         up to its own and keeps what came before for its callers (see `keep_only`).
@@ -205,19 +220,19 @@ class ParquetFile:
             SourceError: the row group is damaged.
         """
         unit = self._units[span.unit]
-        note_opened(self.name, self.column)
+        note_opened(self.name, self.column, *self._specs)
         with self._lock:
             reader = self._readers.get(span.unit)
             if reader is None:
                 spans = self._unit_spans(span.unit)
                 reader = _UnitReader(self, self._batches(unit, self._coming.pop(span.unit, None)), unit.groups, spans)
                 self._readers[span.unit] = reader
-        text = reader.take(span)
-        refuse_large(self.name, text, span.first_row, self._limit)
+        texts = reader.take(span)
+        refuse_large(self.name, texts, span.first_row, self._limit)
         if reader.exhausted:
             with self._lock:
                 self._readers.pop(span.unit, None)
-        return Texts(text)
+        return texts
 
     def keep_only(self, spans: Collection[Span]) -> None:
         """Declare the spans that will be read; others are not cached."""
@@ -251,7 +266,7 @@ class ParquetFile:
 
     def _iter_batches(self, file: pq.ParquetFile, unit: _Unit) -> Iterator[pa.RecordBatch]:
         batches: Iterator[pa.RecordBatch] = file.iter_batches(
-            unit.span_rows, row_groups=list(unit.groups), columns=[self.column], use_threads=False
+            unit.span_rows, row_groups=list(unit.groups), columns=self.paths, use_threads=False
         )
         return batches
 
@@ -275,7 +290,7 @@ class ParquetFile:
                     self._bounded(self._opener(), stretches) as source,
                     pq.ParquetFile(source, metadata=self._metadata, page_checksum_verification=True) as file,
                 ):
-                    file.read_row_group(group, columns=[self.column], use_threads=False)
+                    file.read_row_group(group, columns=self.paths, use_threads=False)
             except _UNREADABLE:
                 return f"row group {group}"
         return f"row groups {groups[0]} to {groups[-1]}"
@@ -301,7 +316,7 @@ class _UnitReader:
         self._batches = batches
         self._groups = groups
         self._to_decode = deque(spans)
-        self._ready: dict[Span, pa.Array] = {}
+        self._ready: dict[Span, Texts] = {}
         self._error: SourceError | None = None
         self._lock = threading.Lock()
 
@@ -309,7 +324,7 @@ class _UnitReader:
     def exhausted(self) -> bool:
         return not self._to_decode and not self._ready
 
-    def take(self, span: Span) -> pa.Array:
+    def take(self, span: Span) -> Texts:
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -325,22 +340,28 @@ class _UnitReader:
                     self._ready[decoded] = text
             return self._ready.pop(span)
 
-    def _decode(self, rows: int) -> pa.Array:
+    def _decode(self, rows: int) -> Texts:
         """Return the next `rows` rows; Arrow may return them in several batches."""
         pieces: list[pa.Array] = []
+        tables: list[pa.Table] = []
+        bad: dict[int, str] = {}
         missing = rows
         while missing > 0:
             try:
                 batch = next(self._batches)
+                if self._file.wants_metadata:
+                    table, reasons = self._file.metadata.read(batch)
+                    tables.append(table)
+                    bad.update({rows - missing + row: reason for row, reason in reasons.items()})
             except StopIteration:
                 raise self._damaged(f"expected {rows} more rows, found {rows - missing}") from None
             except FileNotFoundError:
                 raise file_gone_error(self._file.name) from None
             except _UNREADABLE as error:
                 raise self._damaged(first_line(error)) from None
-            pieces.append(batch.column(0))
+            pieces.append(batch.column(batch.schema.get_field_index(self._file.column)))
             missing -= len(batch)
-        return concatenate(pieces)
+        return Texts(concatenate(pieces), bad, pa.concat_tables(tables) if tables else None)
 
     def _damaged(self, what: str) -> SourceError:
         where = self._file.damaged_groups(self._groups)

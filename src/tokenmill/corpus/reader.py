@@ -40,7 +40,9 @@ class Texts(NamedTuple):
     array: pa.Array
     """Strings or binary, nulls allowed, shape `(rows,)`."""
     bad: Mapping[int, str] = {}
-    """Rows (of the span) that are not what the format says, null in `array`, and why."""
+    """Rows (of the span) that are not what the format says, or whose metadata cannot be stored, and why."""
+    metadata: pa.Table | None = None
+    """A row for each; None where the recipe names no metadata columns."""
 
 
 class Figures(NamedTuple):
@@ -73,8 +75,8 @@ class SpanReader(Protocol):
         """Return rows and text, for estimates; the reader may be of no other use then than for `sample`."""
         ...
 
-    def sample(self) -> pa.Array:
-        """Return a few rows, shape `(rows,)`; after `figures`, of a file that has rows."""
+    def sample(self) -> Texts:
+        """Return a few rows; after `figures`, of a file that has rows."""
         ...
 
     def spans(self) -> Iterator[Span]:
@@ -153,12 +155,22 @@ def too_large(name: str, row: int, found: str, limit: int) -> SourceError:
     )
 
 
-def refuse_large(name: str, texts: pa.Array, first_row: int, limit: int) -> None:
-    """No document of `texts` may be larger than `limit` bytes.
+def refuse_large(name: str, texts: Texts, first_row: int, limit: int) -> None:
+    """No document of `texts`, and no value of its metadata, may be larger than `limit` bytes.
 
     Raises:
         SourceError: one is.
     """
+    _refuse_large(name, texts.array, first_row, limit)
+    if texts.metadata is not None:
+        for column in texts.metadata.columns:
+            for chunk in column.chunks if pa.types.is_large_string(column.type) else ():
+                _refuse_large(name, chunk, first_row, limit)
+                first_row += len(chunk)
+            first_row -= len(column)
+
+
+def _refuse_large(name: str, texts: pa.Array, first_row: int, limit: int) -> None:
     if texts.nbytes <= limit and not pa.types.is_dictionary(texts.type) and not pa.types.is_null(texts.type):
         return
     held = texts.dictionary if pa.types.is_dictionary(texts.type) else texts

@@ -11,14 +11,14 @@ import functools
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from tokenmill.corpus.metadata import ArrowMetadata, from_object, require_sound, tabulate
 from tokenmill.corpus.opening import (
     BYTE_ORDER_MARK,
     READ_NBYTES,
@@ -40,8 +40,11 @@ from tokenmill.corpus.reader import (
     too_large,
 )
 from tokenmill.errors import SourceError
+from tokenmill.recipe import MetadataColumn
 
 _LONG_ROW_NBYTES = 4 << 20
+_MOST_DIGITS = 400
+"""Of an integer that is read as one; the largest number of 64 bits in floating point has 309."""
 
 C = TypeVar("C")
 
@@ -63,7 +66,7 @@ class StreamedFile(ABC, Generic[C]):
         """A span that was found, and not yielded yet."""
         self._next_row = 0
         self._next_unit = 0
-        self._sample: pa.Array | None = None
+        self._sample: Texts | None = None
         self._error: SourceError | None = None
         self._advancing = threading.Lock()
         self._lock = threading.Lock()
@@ -116,17 +119,17 @@ class StreamedFile(ABC, Generic[C]):
         first = span = self._advance()
         if first is None:
             return Figures(0, 0, exact=True)
-        self._sample = self.read(first).array
+        self._sample = self.read(first)
         read, rows = self._passed(), 0
         while span is not None and self._passed() == read:
             rows += span.rows
             self.drop(span)
             span = self._advance()
         scale = 1.0 if span is None else self._nbytes / max(1, read)
-        text_nbytes = self._sample.nbytes / first.rows * rows
+        text_nbytes = self._sample.array.nbytes / first.rows * rows
         return Figures(round(rows * scale), round(text_nbytes * scale), exact=span is None)
 
-    def sample(self) -> pa.Array:
+    def sample(self) -> Texts:
         """Return the first rows, after `figures`."""
         assert self._sample is not None
         return self._sample
@@ -219,7 +222,7 @@ class _Delimited(StreamedFile[list[bytes]]):
             with translate_source_errors(self.name, self._where), opened.open("rb") as file:
                 head = file.read(_LONG_ROW_NBYTES)
             if self.delimiter not in head:
-                self._sample = pa.array([head], pa.large_binary())
+                self._sample = Texts(pa.array([head], pa.large_binary()))
                 return Figures(1, self._nbytes, exact=False)
         return super().figures()
 
@@ -254,10 +257,12 @@ class JsonLinesFile(_Delimited):
         text_column: str,
         span_rows: int | None = None,
         *,
+        metadata: Sequence[MetadataColumn] = (),
         limit: int,
     ) -> None:
         self._decode = _line_decoder(text_column)
         self._field = text_column
+        self._metadata = metadata
         self._parsed_rows = self._rows_with_field = 0
         self._other_fields: list[str] = []
         """Number of the first line that lacks the field."""
@@ -265,13 +270,19 @@ class JsonLinesFile(_Delimited):
 
     def _parse(self, piece: list[bytes], span: Span) -> Texts:
         texts: list[str | None] = []
+        metadata: list[list[object]] = []
+        nothing: list[object] = [None] * len(self._metadata)
         bad: dict[int, str] = {}
         lacking = blank = 0
         for row, line in enumerate(piece):
             text: str | msgspec.UnsetType | None = ""
+            kept = nothing
             try:
                 if line and not line.isspace():
-                    text = self._text_of(line)
+                    if self._metadata:
+                        text, kept = self._text_and_metadata_of(line)
+                    else:
+                        text = self._text_of(line)
                 else:
                     blank += 1
             except (ValueError, msgspec.DecodeError, RecursionError) as error:
@@ -282,12 +293,36 @@ class JsonLinesFile(_Delimited):
                 self._other_fields = self._other_fields or _fields_of(line)
                 text = None
             texts.append(text)
+            metadata.append(kept)
         with self._lock:
             self._parsed_rows += len(piece)
             self._rows_with_field += len(piece) - lacking - blank
         if self.rows is not None:
             self._at_end()
-        return Texts(pa.array(texts, pa.large_string()), bad)
+        table = self._tabulate(metadata) if self._metadata else None
+        return Texts(pa.array(texts, pa.large_string()), bad, table)
+
+    def _tabulate(self, rows: list[list[object]]) -> pa.Table:
+        columns = zip(self._metadata, zip(*rows, strict=True), strict=True)
+        return tabulate(
+            self._metadata,
+            [pa.array(values, pa.type_for_alias(column.arrow_type)) for column, values in columns],
+        )
+
+    def _text_and_metadata_of(self, line: bytes) -> tuple[str | msgspec.UnsetType | None, list[object]]:
+        """Return the values of the fields; raises as `_text_of`."""
+        try:
+            found = _decode_any(line)
+        except (msgspec.DecodeError, UnicodeError):
+            found = _leniently(line)
+            if not isinstance(found, dict):
+                raise
+        if not isinstance(found, dict) or not isinstance(found.get(self._field), str | None):
+            return self._text_of(line), []  # says what is wrong
+        text = found.get(self._field, msgspec.UNSET)
+        if isinstance(text, str):
+            _refuse_surrogates(text)
+        return text, from_object(found, self._metadata)
 
     def _text_of(self, line: bytes) -> str | msgspec.UnsetType | None:
         """Return the value of the field; UNSET if it is missing.
@@ -318,6 +353,9 @@ class JsonLinesFile(_Delimited):
             )
 
 
+_decode_any = msgspec.json.Decoder().decode
+
+
 @functools.cache
 def _line_decoder(text_column: str) -> Callable[[bytes], Any]:
     """Return what decodes a line to an object that has the text."""
@@ -330,9 +368,14 @@ def _leniently(line: bytes) -> Any:
     """Return a line as Python reads JSON: NaN, halves of surrogate pairs, and as such halves what is not UTF-8."""
     text = line.decode("utf-8", "surrogateescape")
     try:
-        return json.loads(text, parse_int=len, parse_float=len)  # numbers are not looked at, however long
+        return json.loads(text, parse_int=_number, parse_float=float)
     except (ValueError, RecursionError):
         return None
+
+
+def _number(digits: str) -> float:
+    """Return a number, which may have more digits than Python converts to an integer."""
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
 
 
 def _refuse_surrogates(text: str) -> None:
@@ -375,25 +418,7 @@ _END_OF_OLD_STREAM = b"\0\0\0\0"
 """Before version 0.15 of the format (https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format)."""
 
 
-def _require_sound(texts: pa.Array) -> None:
-    """Offsets and indices must lie inside their buffers: what is read beyond them is another column, or nothing.
-
-    Whether the text is UTF-8 is another question, with an answer for each row.
-
-    Raises:
-        pa.ArrowInvalid: they do not.
-    """
-    if pa.types.is_dictionary(texts.type):
-        texts.indices.validate(full=True)
-        indices = texts.indices.drop_null()
-        if len(indices) and not 0 <= pc.min(indices).as_py() <= pc.max(indices).as_py() < len(texts.dictionary):
-            raise pa.ArrowInvalid("dictionary index out of range")
-        texts = texts.dictionary
-    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
-    texts.view(as_bytes.get(texts.type, texts.type)).validate(full=True)
-
-
-class ArrowFile(StreamedFile[pa.Array]):
+class ArrowFile(StreamedFile[Texts]):
     """Arrow IPC, as a file (Feather 2 is that) or as a stream."""
 
     def __init__(
@@ -404,24 +429,36 @@ class ArrowFile(StreamedFile[pa.Array]):
         text_column: str,
         span_rows: int | None = None,
         *,
+        metadata: Sequence[MetadataColumn] = (),
         limit: int,
     ) -> None:
         self._column = text_column
+        self._metadata = metadata
         super().__init__(name, opener, nbytes, span_rows, limit=limit)
 
-    def _read_through(self) -> Iterator[tuple[int, int, pa.Array]]:
+    def _read_through(self) -> Iterator[tuple[int, int, Texts]]:
         whole = [(0, self._nbytes)]
         opened = native(self._opener(whole))
         with pa.memory_map(opened) if isinstance(opened, str) else opened as self._raw:
             self._read_share = 0.0
             for batch in self._batches():
                 texts = batch.column(batch.schema.get_field_index(self._column))
-                _require_sound(texts)
-                refuse_large(self.name, texts, self._next_row, self._limit)
+                require_sound(texts)
+                table: pa.Table | None = None
+                bad: dict[int, str] = {}
+                if self._metadata:
+                    table, bad = ArrowMetadata(self.name, batch.schema, self._metadata).read(batch)
+                refuse_large(self.name, Texts(texts, bad, table), self._next_row, self._limit)
                 rows = max(1, len(texts) * TEXT_NBYTES // max(TEXT_NBYTES, texts.nbytes))
                 for at in range(0, len(texts), min(rows, self._span_rows)):
                     piece = texts.slice(at, min(rows, self._span_rows))
-                    yield len(piece), piece.nbytes, piece
+                    end = at + len(piece)
+                    reasons = {row - at: reason for row, reason in bad.items() if at <= row < end}
+                    yield (
+                        len(piece),
+                        piece.nbytes,
+                        Texts(piece, reasons, None if table is None else table.slice(at, len(piece))),
+                    )
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         is_file = self._raw.read(6) == b"ARROW1"
@@ -448,8 +485,8 @@ class ArrowFile(StreamedFile[pa.Array]):
         if last != _END_OF_STREAM and last[-4:] != _END_OF_OLD_STREAM:
             raise pa.ArrowInvalid("the stream has no end: it was cut off, or its writer was not closed")
 
-    def _parse(self, piece: pa.Array, span: Span) -> Texts:
-        return Texts(piece)
+    def _parse(self, piece: Texts, span: Span) -> Texts:
+        return piece
 
     def _passed(self) -> int:
         return round(self._read_share * self._nbytes)

@@ -37,9 +37,9 @@ class WholeFile:
         """Return one row, and the size of the file; compressed text is three times as large, about."""
         return Figures(1, self._nbytes * (3 if self._compression else 1), exact=self._compression is None)
 
-    def sample(self) -> pa.Array:
+    def sample(self) -> Texts:
         """Return the beginning of the text."""
-        return pa.array([self._read(READ_NBYTES)], pa.large_binary())
+        return Texts(pa.array([self._read(READ_NBYTES)], pa.large_binary()))
 
     def spans(self) -> Iterator[Span]:
         """Yield the only span."""

@@ -122,6 +122,8 @@ class EncodedBatch(NamedTuple):
     """Documents the reference backend encoded as well."""
     bad: Mapping[int, str]
     """Why, of each row that is BAD, by its place in the batch."""
+    metadata: pa.Table | None = None
+    """A row for each, in one chunk; None where the recipe names no metadata columns."""
     retries: int = 0
     """Requests for the text that failed and were tried again, where it was read elsewhere."""
 
@@ -255,7 +257,9 @@ class Encoder:
         hashes = np.zeros(len(strings), np.uint64)
         hashes[rows] = text_hashes(documents)
         joined = tokens[0] if len(tokens) == 1 else cast(TokenArray, np.concatenate(tokens))
-        return EncodedBatch(joined, lengths, flags, hashes, strings.nbytes, sum(audited), bad)
+        metadata = [span.texts.metadata for span in spans if span.texts.metadata is not None]
+        kept = pa.concat_tables(metadata).combine_chunks() if metadata else None
+        return EncodedBatch(joined, lengths, flags, hashes, strings.nbytes, sum(audited), bad, kept)
 
     def _runs(self, documents: pa.LargeStringArray) -> Iterator[tuple[int, int, bool]]:
         """Yield the bounds of runs of documents that are encoded together, and whether it is one that is cut."""

@@ -16,6 +16,7 @@ from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import Manifest
 from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.errors import DataRootError
+from tokenmill.recipe import SIDECAR_COLUMNS
 
 _VERIFY = "run tokenmill verify on the data root"
 STARTS_NBYTES = 1 << 30
@@ -32,6 +33,18 @@ class Document(NamedTuple):
     row: int
     text_xxh3: int | None = None
     """XXH3-64 of its text; None where the sidecar has none."""
+    metadata: Mapping[str, object] = {}
+    """Values of the metadata columns."""
+
+
+def documents_of(table: pa.Table) -> list[Document]:
+    """Return the documents of a sidecar, or of some rows of it."""
+    names = [name for name in table.column_names if name in SIDECAR_COLUMNS]
+    metadata = [name for name in table.column_names if name not in SIDECAR_COLUMNS]
+    return [
+        Document(**{name: row[name] for name in names}, metadata={name: row[name] for name in metadata})
+        for row in table.to_pylist()
+    ]
 
 
 def file_numbers(table: pa.Table, numbers: Mapping[str, int]) -> NDArray[np.int64]:
@@ -53,7 +66,7 @@ class DocumentIndex:
         self._root = root
         self._shards = manifest.shards
         self._shard_size = manifest.recipe.shard_size
-        self._schema = documents_schema(manifest.documents_version)
+        self._schema = documents_schema(manifest)
         self._read: tuple[int, pa.Table] | None = None
         self._starts: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
@@ -71,7 +84,7 @@ class DocumentIndex:
             ends = starts + table["tokens"].to_numpy()
             inside = np.flatnonzero((starts < end) & (ends > begin))
             if len(inside):
-                found += [Document(**row) for row in table.slice(int(inside[0]), len(inside)).to_pylist()]
+                found += documents_of(table.slice(int(inside[0]), len(inside)))
             shard += 1
         return found
 
@@ -105,7 +118,7 @@ class DocumentIndex:
         for shard in range(len(self._shards)):
             table = self._table(shard, filters=[("source", "=", source), ("row", "=", row)])
             if len(table):
-                return Document(**table.to_pylist()[0])
+                return documents_of(table)[0]
         return None
 
     def tables(self) -> Iterator[pa.Table]:

@@ -34,6 +34,8 @@ class DocumentSlice(msgspec.Struct):
     """Number of tokens of the whole document, EOS included."""
     text_xxh3: str | None = None
     """Hash of its text, as 16 hexadecimal digits; None where the sidecar has none."""
+    metadata: dict[str, object] = {}
+    """Values of the metadata columns of the recipe, by name."""
 
 
 class Provenance(msgspec.Struct):
@@ -197,6 +199,7 @@ def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[D
             last - document.start,
             document.tokens,
             None if document.text_xxh3 is None else f"{document.text_xxh3:016x}",
+            dict(document.metadata),
         )
 
     return [slice_of(document) for document in found.documents().between(begin, end)]

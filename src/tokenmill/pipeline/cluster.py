@@ -20,6 +20,7 @@ import numpy as np
 from tokenmill.corpus.reader import Span
 from tokenmill.dataroot import atomic, layout, npy
 from tokenmill.dataroot.manifest import Count, Cursor, Manifest, ShardRecord
+from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.dataroot.tokens_file import TokensFile
 from tokenmill.encoding.encoder import EncodedBatch
 from tokenmill.errors import DataRootError, TokenmillError
@@ -186,7 +187,7 @@ class ClusterExecutor:
 
     def write(self, rows: EmittedRows, part: ShardSlice, position: int, next_cursor: Cursor) -> None:
         self._collect()
-        taken = rows.rows(part.begin, part.end)
+        taken = rows.rows(part.begin, part.end).alone()
         used, batch = np.unique(taken.batch, return_inverse=True)
         places = np.array([self._place(rows.batches[index]) for index in used.tolist()], np.int64)
         moved = part._replace(begin=0, end=part.end - part.begin)
@@ -215,8 +216,8 @@ class ClusterExecutor:
     def _submit(self, index: int, next_cursor: Cursor) -> None:
         tokens = self._manifest.recipe.shard_tokens(index)
         expected = self._manifest.expected(index)
-        version = self._manifest.documents_version
-        plan = ShardPlan(index, tokens, self._parts, self._counts, next_cursor, expected, version)
+        schema = documents_schema(self._manifest)
+        plan = ShardPlan(index, tokens, self._parts, self._counts, next_cursor, expected, schema)
         sources = [source for _, source in self._sources.values()]
         made = self._engine.submit(tasks.write_shard, self._shared, plan, *(source.reference for source in sources))
         self._shard_tasks.append(_ShardTask(made, sum(source.nbytes for source in sources)))

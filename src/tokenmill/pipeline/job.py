@@ -130,7 +130,8 @@ def find_inputs(
         RecipeError, SourceError, TokenizerError: as those stages say.
     """
     recipe = validate_recipe(recipe)
-    corpus = find_corpus(recipe.dataset, recipe.text_column, recipe.text_separator, store, only=only)
+    where = recipe.dataset, recipe.text_column, recipe.text_separator
+    corpus = find_corpus(*where, store, only=only, metadata=recipe.metadata)
     tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
     encoder = Encoder(tokenizer, backend=tokenizer_backend, special_in_text=recipe.special_in_text, dtype=recipe.dtype)
     dataset = without_secrets(recipe.dataset)

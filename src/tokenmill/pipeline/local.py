@@ -21,6 +21,7 @@ from tokenmill.corpus.corpus import Corpus
 from tokenmill.corpus.reader import SpanReader
 from tokenmill.dataroot import layout, npy
 from tokenmill.dataroot.manifest import Count, Cursor, Manifest, ShardRecord
+from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.dataroot.tokens_file import TokensFile
 from tokenmill.encoding.encoder import EncodedBatch, Encoder, SpanTexts
 from tokenmill.options import OnBadRows
@@ -230,7 +231,7 @@ class ThreadExecutor:
             tokens=tokens,
             dtype=self._encoder.dtype,
             paths=self._paths,
-            documents_version=self._manifest.documents_version,
+            schema=documents_schema(self._manifest),
         )
         self._unfinished.append(shard)
         shard.count(self._counts)

@@ -88,7 +88,10 @@ def preflight(
     tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
     itemsize = encoder.dtype.itemsize
     share = tokens / max(1, corpus_tokens)
-    disk = (tokens - done_tokens) * itemsize + round(rows * share) * _SIDECAR_NBYTES_PER_DOCUMENT
+    sidecar_nbytes = _SIDECAR_NBYTES_PER_DOCUMENT + sample.metadata_nbytes
+    disk = (tokens - done_tokens) * itemsize + round(rows * share * sidecar_nbytes)
+    empty = [column.name for column in corpus.metadata if column.name not in sample.filled_columns]
+    doubts = [f"no row that was looked at has a value for the metadata columns {', '.join(empty)}"] if empty else []
     return Preflight(
         files=len(sizes),
         source_nbytes=sum(sizes),
@@ -105,7 +108,7 @@ def preflight(
         + round(min(text_nbytes, (workers + BATCHES_QUEUED + BATCHES_AHEAD) * BATCH_NBYTES) * _MEMORY_PER_TEXT)
         + round(_held_rows(recipe, rows, text_nbytes / rows) * corpus_tokens / rows * itemsize),
         estimated_seconds=max(0, tokens - done_tokens) / (sample.tokens_per_second * workers),
-        notes=[*corpus.notes, *encoder.notes],
+        notes=[*corpus.notes, *encoder.notes, *doubts],
     )
 
 
@@ -133,6 +136,10 @@ def check_disk(plan: Preflight, root: Path, *, shards_at_once: int | None = None
 
 class _Sample(NamedTuple):
     row_nbytes: float
+    metadata_nbytes: float
+    """Likewise of a row."""
+    filled_columns: set[str]
+    """Metadata columns that have a value somewhere."""
     tokens_per_nbyte: float
     tokens_per_second: float
     """Tokens per second of one thread."""
@@ -140,11 +147,13 @@ class _Sample(NamedTuple):
 
 def _sample(filled: list[SpanReader], encoder: Encoder) -> _Sample:
     """Encode the first rows of a few files."""
-    rows = nbytes = encoded_nbytes = tokens = 0
+    rows = nbytes = encoded_nbytes = tokens = metadata_nbytes = 0
+    filled_columns: set[str] = set()
     seconds = 0.0
     for index in _spread(len(filled), _SAMPLES):
         file = filled[index]
-        text = file.sample()
+        found = file.sample()
+        text = found.array
         shortened = _beginnings(text)
         begin = time.perf_counter()
         encoded = encoder.encode(Texts(shortened), where=file.name, first_row=0, on_bad_rows="skip")
@@ -153,7 +162,16 @@ def _sample(filled: list[SpanReader], encoder: Encoder) -> _Sample:
         nbytes += encoded.text_nbytes if shortened is text else text.nbytes
         encoded_nbytes += encoded.text_nbytes
         tokens += len(encoded.tokens)
-    return _Sample(nbytes / rows, tokens / max(1, encoded_nbytes), max(1, tokens) / max(1e-9, seconds))
+        if found.metadata is not None:
+            metadata_nbytes += found.metadata.nbytes
+            filled_columns |= {name for name in found.metadata.column_names if found.metadata[name].drop_null()}
+    return _Sample(
+        nbytes / rows,
+        metadata_nbytes / rows,
+        filled_columns,
+        tokens / max(1, encoded_nbytes),
+        max(1, tokens) / max(1e-9, seconds),
+    )
 
 
 def _beginnings(texts: pa.Array) -> pa.Array:

@@ -179,12 +179,15 @@ def _changed_error(name: str, expected: str, found: str) -> SourceChangedError:
 
 def _read_whole(source: SpanReader) -> Texts:
     pieces: list[pa.Array] = []
+    tables: list[pa.Table] = []
     bad: dict[int, str] = {}
     for span in source.spans():
         texts = source.read(span)
         pieces.append(texts.array)
+        if texts.metadata is not None:
+            tables.append(texts.metadata)
         bad.update({span.first_row + row: reason for row, reason in texts.bad.items()})
-    return Texts(concatenate(pieces), bad)
+    return Texts(concatenate(pieces), bad, pa.concat_tables(tables) if tables else None)
 
 
 class ShardPlan(NamedTuple):
@@ -200,7 +203,7 @@ class ShardPlan(NamedTuple):
     next_cursor: Cursor
     expected: ShardRecord | None
     """What the shard was when it was made before."""
-    documents_version: int
+    schema: pa.Schema
     """Of its sidecar."""
 
 
@@ -230,7 +233,7 @@ def write_shard(shared: PackedContext, plan: ShardPlan, *tokens: TokenArray) -> 
             tokens=plan.tokens,
             dtype=context.encoder.dtype,
             paths=pa.array([file.path for file in context.corpus.files], pa.string()),
-            documents_version=plan.documents_version,
+            schema=plan.schema,
             temp_suffix=temp_suffix,
         )
         try:

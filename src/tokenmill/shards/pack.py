@@ -1,4 +1,4 @@
-"""Pack, stage 4: documents in output order → which tokens make which shard. Pure NumPy.
+"""Pack, stage 4: documents in output order → which tokens make which shard. Pure NumPy and Arrow.
 
 `EmittedRows` are consecutive rows of the output; `cut` says where shard ends fall in them.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tokenmill.dataroot.npy import TokenArray
@@ -48,6 +49,8 @@ class EmittedRows(NamedTuple):
     """Row in that file."""
     text_xxh3: NDArray[np.uint64]
     """XXH3-64 of its text; 0 for a row that yields no document."""
+    metadata: pa.Table | None = None
+    """None where the recipe names no metadata columns."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -67,11 +70,18 @@ class EmittedRows(NamedTuple):
             self.file[begin:end],
             self.row[begin:end],
             self.text_xxh3[begin:end],
+            None if self.metadata is None else self.metadata.slice(begin, end - begin),
         )
+
+    def alone(self) -> EmittedRows:
+        """Return the same rows without the memory of their neighbours, which would be pickled with them."""
+        if self.metadata is None:
+            return self
+        return EmittedRows(*self[:-1], self.metadata.take(pa.array(np.arange(len(self)))))
 
     def pointing(self, batches: list[Tokens], batch: NDArray[np.int64]) -> EmittedRows:
         """Return the same rows, pointing into other batches."""
-        return EmittedRows(batches, batch, self.start, self.length, self.flags, self.file, self.row, self.text_xxh3)
+        return EmittedRows(batches, batch, *self[2:])
 
     def gather(self, skip: int, tokens: int) -> Iterator[TokenArray]:
         """Yield the rows' tokens, in order, from token `skip` on, `tokens` in all; all batches are here.

@@ -1,10 +1,14 @@
-"""Reorder buffer: encoded batches in reading order → their rows in output order. Pure NumPy."""
+"""Reorder buffer: encoded batches in reading order → their rows in output order. Pure NumPy and Arrow."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from tokenmill.corpus.metadata import take_rows
 from tokenmill.encoding.encoder import EncodedBatch
 from tokenmill.shards.pack import EmittedRows, RemoteTokens, Tokens
 
@@ -18,6 +22,7 @@ class ReorderBuffer:
 
     def __init__(self) -> None:
         self._tokens: list[Tokens] = []
+        self._metadata: list[pa.Table | None] = []
         # Of each batch: first row (of all), rows not yet taken.
         self._batches = np.empty((2, 0), np.int64)
         # Of each span: first row (of all), source file, row there.
@@ -61,7 +66,12 @@ class ReorderBuffer:
         self._batches = np.hstack([self._batches, [[first_row], [pending]]])
         self._spans = np.hstack([self._spans, spans])
         self._tokens.append(remote or encoded.tokens)
-        self.nbytes += self._tokens[-1].nbytes
+        self._metadata.append(encoded.metadata)
+        self.nbytes += self._nbytes_of(-1)
+
+    def _nbytes_of(self, batch: int) -> int:
+        metadata = self._metadata[batch]
+        return self._tokens[batch].nbytes + (0 if metadata is None else int(metadata.nbytes))
 
     def _make_room(self, rows: int) -> None:
         """Room for so many rows from the base on, and as many again."""
@@ -79,8 +89,19 @@ class ReorderBuffer:
         span = np.searchsorted(first_rows, rows, side="right") - 1
         start, length, flags, xxh3 = np.ascontiguousarray(self._rows.take(rows - self._base, axis=0).T)
         file_row = rows - (first_rows - file_rows)[span]
+        metadata = None
+        if len(rows) and self._metadata[0] is not None:
+            metadata = take_rows(self._metadata, batch, rows - batches[batch])
         block = EmittedRows(
-            self._tokens, batch, start, length, flags.astype(np.uint8), files[span], file_row, xxh3.view(np.uint64)
+            self._tokens,
+            batch,
+            start,
+            length,
+            flags.astype(np.uint8),
+            files[span],
+            file_row,
+            xxh3.view(np.uint64),
+            metadata,
         )
         left -= np.bincount(batch, minlength=len(left))
         if not left.all():
@@ -89,9 +110,10 @@ class ReorderBuffer:
 
     def _let_go(self, keep: NDArray[np.bool_]) -> None:
         # A new list: blocks taken before share the old one.
-        self._tokens = [tokens for tokens, kept in zip(self._tokens, keep.tolist(), strict=True) if kept]
+        self._tokens = list(itertools.compress(self._tokens, keep.tolist()))
+        self._metadata = list(itertools.compress(self._metadata, keep.tolist()))
         self._batches = self._batches[:, keep]
-        self.nbytes = sum(tokens.nbytes for tokens in self._tokens)
+        self.nbytes = sum(map(self._nbytes_of, range(len(self._tokens))))
         oldest = int(self._batches[0, 0]) if self._tokens else self._base + self._used
         self._spans = self._spans[:, np.searchsorted(self._spans[0], oldest) :]
         dead = oldest - self._base

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from tokenmill.dataroot import layout, npy
 from tokenmill.dataroot.atomic import write_whole
 from tokenmill.dataroot.manifest import Count, Cursor, ShardRecord
-from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.encoding.encoder import BAD, EMPTY, NULL, SPECIAL
 from tokenmill.errors import SourceChangedError
 from tokenmill.shards.pack import EmittedRows, ShardSlice
@@ -36,7 +36,7 @@ class ShardWriter:
         tokens: the shard's size if it is full; the last one may end with less.
         dtype: of a token.
         paths: names of the source files, by index.
-        documents_version: of the sidecar.
+        schema: of the sidecar.
         temp_suffix: as of `atomic.AtomicFile`, for the sidecar.
     """
 
@@ -49,7 +49,7 @@ class ShardWriter:
         tokens: int,
         dtype: npy.TokenDType,
         paths: pa.Array,
-        documents_version: int,
+        schema: pa.Schema,
         temp_suffix: str = "",
     ) -> None:
         self.index = index
@@ -57,7 +57,7 @@ class ShardWriter:
         self._expected = tokens
         self._dtype = dtype
         self._tokens = 0
-        self._documents = Documents(root / layout.documents_name(index), paths, documents_version, temp_suffix)
+        self._documents = Documents(root / layout.documents_name(index), paths, schema, temp_suffix)
         self._ledger: dict[int, Count] = {}
         self._sha256 = hashlib.sha256(npy.npy_header(dtype, tokens))
 
@@ -86,7 +86,8 @@ class ShardWriter:
         found = np.flatnonzero(rows.length > 0)[int(skip_first) :]
         hashes = rows.text_xxh3.view(np.int64)
         columns = (starts, rows.length, rows.row, hashes, rows.file)
-        self._documents.append(np.stack([column[found] for column in columns]))
+        metadata = None if rows.metadata is None else rows.metadata.take(pa.array(found))
+        self._documents.append(np.stack([column[found] for column in columns]), metadata)
 
     def finish(self, next_cursor: Cursor, expected: ShardRecord | None) -> ShardRecord:
         """Publish the sidecar, then the shard; its record.
@@ -123,28 +124,34 @@ class ShardWriter:
 class Documents:
     """Writes the documents sidecar; memory holds one row group and the compressed rest."""
 
-    def __init__(self, path: Path, paths: pa.Array, version: int, temp_suffix: str = "") -> None:
+    def __init__(self, path: Path, paths: pa.Array, schema: pa.Schema, temp_suffix: str = "") -> None:
         self._path = path
         self._tag = temp_suffix
         self._paths = paths
         self._sink = pa.BufferOutputStream()
-        self._schema = documents_schema(version)
+        self._schema = schema
         how: dict[str, object] = {"compression": "zstd"}
-        if version > 1:  # smaller and three times as fast to write; hashes neither repeat nor compress
+        if "text_xxh3" in schema.names:  # smaller and three times as fast to write; hashes neither repeat nor compress
+            packed = {"start", "tokens", "row"}
+            plain = {*packed, "text_xxh3"}
             how = {
-                "compression": {name: "zstd" if name == "source" else "none" for name in self._schema.names},
-                "use_dictionary": ["source"],
-                "column_encoding": dict.fromkeys(("start", "tokens", "row"), "DELTA_BINARY_PACKED"),
+                "compression": {name: "none" if name in plain else "zstd" for name in schema.names},
+                "use_dictionary": [name for name in schema.names if name not in plain],
+                "column_encoding": dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
             }
         stored = pa.schema([field.with_nullable(True) for field in self._schema])
         self._writer = pq.ParquetWriter(self._sink, stored, **how)
         self._waiting: list[NDArray[np.int64]] = []
+        self._metadata: list[pa.Table] = []
+        """Of the documents that wait, if there is any."""
         self._waiting_rows = 0
         self.count = 0
 
-    def append(self, documents: NDArray[np.int64]) -> None:
-        """Note documents: start, tokens, row, hash and source file of each, shape `(5, documents)`."""
+    def append(self, documents: NDArray[np.int64], metadata: pa.Table | None) -> None:
+        """Note documents: start, tokens, row, hash and source file of each, shape `(5, documents)`; and metadata."""
         self._waiting.append(documents)
+        if metadata is not None:
+            self._metadata.append(metadata)
         self.count += documents.shape[1]
         self._waiting_rows += documents.shape[1]
         while self._waiting_rows >= DOCUMENTS_ROW_GROUP:
@@ -156,7 +163,12 @@ class Documents:
         start, tokens, row, hashes, file = waiting[:, :rows]
         used, index = np.unique(file, return_inverse=True)
         source = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), self._paths.take(pa.array(used)))
-        columns = {"start": start, "tokens": tokens, "source": source, "row": row, "text_xxh3": hashes.view(np.uint64)}
+        columns: dict[str, Any] = {"start": start, "tokens": tokens, "source": source, "row": row}
+        columns["text_xxh3"] = hashes.view(np.uint64)
+        if self._metadata:
+            metadata = pa.concat_tables(self._metadata)
+            columns |= {name: metadata[name].slice(0, rows) for name in metadata.column_names}
+            self._metadata = [metadata.slice(rows)]
         table = pa.table({name: columns[name] for name in self._schema.names}).cast(self._writer.schema)
         self._writer.write_table(table, row_group_size=rows)
         self._waiting = [waiting[:, rows:]]

@@ -25,11 +25,11 @@ from tokenmill.encoding.text_hash import bytes_hash
 from tokenmill.encoding.tokenizer import TokenizerFile, load_tokenizer
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
-from tokenmill.loading.documents import Document
+from tokenmill.loading.documents import Document, documents_of
 from tokenmill.options import StoreOptions
 from tokenmill.remote.remote_file import RemoteFile
 from tokenmill.verification.findings import VerifyRun, shard_header
-from tokenmill.verification.plain_reader import read_values
+from tokenmill.verification.plain_reader import PlainRow, read_rows
 
 _ORDER_ROWS = 1 << 20
 _ENDLESS = 1 << 40
@@ -78,7 +78,8 @@ class DeepRun:
         if dataset is None:
             store = store._replace(revision=self.manifest.source_revision)
         only = [file.path for file in self.manifest.files] if self.manifest.source_rules < RULES else None
-        self.corpus: Corpus = find_corpus(datasets, recipe.text_column, recipe.text_separator, store, only=only)
+        where = datasets, recipe.text_column, recipe.text_separator
+        self.corpus: Corpus = find_corpus(*where, store, only=only, metadata=recipe.metadata)
         loaded = self._load_tokenizer(tokenizer)
         self.engine = HFBackend(loaded, special_in_text=recipe.special_in_text)
         self.tokenizer = self.engine.resolved(loaded)
@@ -127,7 +128,7 @@ class DeepRun:
         for shard in range(len(self.manifest.shards)):
             rows = numbers[(numbers >= bounds[shard]) & (numbers < bounds[shard + 1])] - bounds[shard]
             if len(rows):
-                wanted += [Document(**row) for row in index.sidecar(shard).take(rows).to_pylist()]
+                wanted += documents_of(index.sidecar(shard).take(rows))
         stream = self.root.tokens()
         for document, tokens in self._encoded(wanted):
             if self._check_length(document, len(tokens)):
@@ -170,22 +171,29 @@ class DeepRun:
         for document in documents:
             by_file[document.source][document.row] = document
         for source, rows in sorted(by_file.items()):
-            for row, text in self._texts(source, sorted(rows)):
+            for row, found in self._rows(source, sorted(rows)):
+                text = found.text
                 if self.job.require(
                     bool(text), source, f"row {row}", "has text", expected="a document", found="no text"
                 ):
-                    self._check_hash(rows[row], text or "")
+                    self._check_identity(rows[row], found)
                     yield rows[row], self._encode([text or ""])[0]
 
-    def _check_hash(self, document: Document, text: str) -> None:
+    def _check_identity(self, document: Document, row: PlainRow) -> None:
+        """What the sidecar says of a document is what the source says."""
+        name = layout.documents_name(document.start // self.manifest.recipe.shard_size)
+        position = f"{document.source} row {document.row}"
         if document.text_xxh3 is not None:
-            name = layout.documents_name(document.start // self.manifest.recipe.shard_size)
-            position = f"{document.source} row {document.row}"
-            found = bytes_hash(text.encode())
+            found = bytes_hash((row.text or "").encode())
             self.job.same(name, position, "text_xxh3", expected=found, found=document.text_xxh3)
+        for column in self.manifest.recipe.metadata:
+            expected, stored = row.value(column.path), document.metadata[column.name]
+            is_nan = expected != expected and stored != stored  # noqa: PLR0124  # which nothing else is
+            what = f"metadata column {column.name}"
+            self.job.require(is_nan or expected == stored, name, position, what, expected=expected, found=stored)
 
-    def _texts(self, source: str, rows: Sequence[int]) -> Iterator[tuple[int, str | None]]:
-        """Yield the text of ascending rows of a source file, read in the plainest way there is."""
+    def _rows(self, source: str, rows: Sequence[int]) -> Iterator[tuple[int, PlainRow]]:
+        """Yield ascending rows of a source file, read in the plainest way there is."""
         file = next((file for file in self.corpus.files if file.path == source), None)
         name = self.corpus.name_of(source)
         if file is None:
@@ -195,7 +203,7 @@ class DeepRun:
         opened = self.corpus.location.open(file)
         try:
             with pa.PythonFile(opened, "r") if isinstance(opened, RemoteFile) else pa.OSFile(str(opened)) as data:
-                for row, value in enumerate(read_values(data, source, self.corpus, wanted)):
+                for row, value in enumerate(read_rows(data, source, self.corpus, wanted)):
                     if row in wanted:
                         yield row, value
                     if row >= last:
@@ -282,7 +290,9 @@ class DeepRun:
         for source, row in rows:
             by_file[source].append(row)
         for source, wanted in by_file.items():
-            for row, text in self._texts(source, sorted(wanted)):
-                self.job.require(
-                    not text, source, f"row {row}", "became no document", expected="no text", found=f"{text!r:.60}"
-                )
+            for row, found in self._rows(source, sorted(wanted)):
+                is_bad = not all(map(found.can_be_stored, self.manifest.recipe.metadata))
+                is_right = is_bad or not found.text
+                text = f"{found.text!r:.60}"
+                what = "became no document"
+                self.job.require(is_right, source, f"row {row}", what, expected="no text", found=text)

@@ -40,6 +40,8 @@ class DocumentChecks(Checks):
         paths = {file.path: index for index, file in enumerate(manifest.files)}
         counted = np.zeros(len(manifest.files), np.int64)
         schema = _WITH_TEXT_XXH3 if manifest.documents_version > 1 else _SCHEMA
+        for column in manifest.recipe.metadata:
+            schema = schema.append(pa.field(column.name, pa.type_for_alias(column.arrow_type)))
         expected_start: int | None = 0
         """None: not known, because the sidecar before is not here, or not readable."""
         for shard in manifest.shards:

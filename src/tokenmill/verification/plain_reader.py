@@ -1,47 +1,95 @@
-"""Plain reader: the texts of a source file, read in the slow and obvious way, by no code of `corpus/`."""
+"""Plain reader: the texts and metadata of a source file, read in the slow and obvious way, by no code of `corpus/`."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenmill.corpus.choice import format_of
 from tokenmill.corpus.corpus import Corpus
+from tokenmill.recipe import MetadataColumn
 
 _ORDER_ROWS = 1 << 20
 _ENDLESS = 1 << 40
 """Rows of a file that were not counted."""
 
 
-def read_values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) -> Iterator[str | None]:
+class PlainRow(NamedTuple):
+    """A row of a source file."""
+
+    text: str | None
+    values: Mapping[str, object] = {}
+    """Of a row that is wanted, what the file has in its columns or fields."""
+
+    def value(self, path: str) -> object:
+        """Return what is at a metadata column's path, None if nothing is."""
+        if path in self.values:
+            return self.values[path]
+        found: object = self.values
+        for part in path.split("."):
+            if found is not None and not isinstance(found, Mapping):
+                return _UNREADABLE
+            found = found.get(part) if found else None
+        return found
+
+    def can_be_stored(self, column: MetadataColumn) -> bool:
+        """Whether a metadata column can hold what is there."""
+        value = self.value(column.path)
+        if isinstance(value, str):
+            return column.kind == "string" and not any("\ud800" <= character <= "\udfff" for character in value)
+        if isinstance(value, bool):
+            return column.kind == "bool"
+        if isinstance(value, int):
+            fits = -(1 << 63) <= value < 1 << 63 if column.kind == "int64" else int(_as_float(value)) == value
+            return column.kind in ("int64", "float64") and fits
+        return value is None or (isinstance(value, float) and column.kind == "float64")
+
+
+_UNREADABLE = object()
+"""A value that is no value."""
+
+
+def _as_float(value: int) -> float:
+    return float(value) if abs(value) < 1 << 1023 else 0.0
+
+
+def read_rows(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) -> Iterator[PlainRow]:
     """Return all rows of a file, bad ones as null; rows that are not wanted may be null as well."""
     kind, column = format_of(path), corpus.text_column
+    roots = {name for each in corpus.metadata for name in (each.path, each.path.split(".")[0])}
     if kind == "parquet":
         with pq.ParquetFile(data, page_checksum_verification=True) as file:
             first = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if wanted.isdisjoint(range(first, first + rows)):
-                    yield from itertools.repeat(None, rows)
-                else:
-                    for batch in file.iter_batches(8192, row_groups=[group], columns=[column]):
-                        yield from _texts_of(batch.column(0))
-                first += rows
+                    yield from itertools.repeat(PlainRow(None), rows)
+                    first += rows
+                    continue
+                there = [column, *sorted(roots & set(file.schema_arrow.names))]
+                for batch in file.iter_batches(8192, row_groups=[group], columns=there):
+                    yield from _rows_of(batch, column, roots, wanted, first)
+                    first += len(batch)
         return
     if kind == "arrow":
         is_file = data.read(6) == b"ARROW1"
         data.seek(0)
         table = (pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)).read_all()
-        for chunk in table.column(column).chunks:
+        first = 0
+        for batch in table.to_batches():
+            chunk = batch.column(column)
             binary = chunk if pa.types.is_dictionary(chunk.type) else chunk.view(_AS_BYTES.get(chunk.type, chunk.type))
             binary.validate(full=True)
-            yield from _texts_of(chunk)
+            yield from _rows_of(batch, column, roots, wanted, first)
+            first += len(batch)
         return
     packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
     raw = (
@@ -57,10 +105,25 @@ def read_values(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]
     if separator is not None and not rows_found[-1]:
         rows_found.pop()
     for row in rows_found:
-        yield _json_text(row, column) if kind == "jsonl" else _decoded(row)
+        yield _json_row(row, column) if kind == "jsonl" else PlainRow(_decoded(row))
 
 
 _AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def _rows_of(batch: pa.RecordBatch, column: str, roots: set[str], wanted: set[int], first: int) -> Iterator[PlainRow]:
+    """Yield the rows of a batch whose first one is row `first` of the file."""
+    there = sorted(roots & set(batch.schema.names))
+    for at, text in enumerate(_texts_of(batch.column(batch.schema.get_field_index(column)))):
+        is_wanted = first + at in wanted
+        yield PlainRow(text, {name: _value(batch.column(name)[at]) for name in there} if is_wanted else {})
+
+
+def _value(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return _UNREADABLE
 
 
 def _texts_of(column: pa.Array) -> Iterator[str | None]:
@@ -76,10 +139,14 @@ def _decoded(data: bytes) -> str | None:
         return None
 
 
-def _json_text(line: bytes, field: str) -> str | None:
+def _json_row(line: bytes, field: str) -> PlainRow:
     try:
-        value = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=len, parse_float=len)
+        value = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=_integer)
         text = value.get(field) if isinstance(value, dict) else None
-        return _decoded(text.encode()) if isinstance(text, str) else None
+        return PlainRow(_decoded(text.encode()), value) if isinstance(text, str) else PlainRow(None)
     except (ValueError, RecursionError):
-        return None
+        return PlainRow(None)
+
+
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) < 400 else math.inf  # Python converts no more than 4,300

@@ -95,7 +95,8 @@ class RecordChecks(Checks):
 
     def _fingerprint(self) -> str:
         recipe = json.loads((self.root / layout.MANIFEST).read_bytes())["recipe"]
-        fields = {field: value for field, value in recipe.items() if field not in ("dataset", "tokenizer")}
+        left_out = {"dataset", "tokenizer"} | (set() if recipe.get("metadata_columns") else {"metadata_columns"})
+        fields = {field: value for field, value in recipe.items() if field not in left_out}
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -129,6 +129,16 @@ def taken_documents(catalogue: Catalogue, places: NDArray[np.int64]) -> Document
     return joined
 
 
+def taken_metadata(catalogue: Catalogue, places: NDArray[np.int64], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the metadata of the documents that begin at `places`, as `taken_documents`; what is not there is null."""
+    for table, documents in catalogue.tables():
+        at = np.searchsorted(places, documents.start)
+        taken = table.filter(pa.array(at < np.searchsorted(places, documents.start, side="right")))
+        nothing = pa.nulls(len(taken))
+        columns = [taken[name] if name in taken.column_names else nothing for name in schema.names]
+        yield pa.table(columns, schema.names).cast(schema).combine_chunks()
+
+
 def documents_at(
     catalogues: Iterable[Catalogue], places: NDArray[np.int64]
 ) -> Iterator[tuple[Catalogue, NDArray[np.int64], Documents]]:

@@ -19,6 +19,7 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.earlier_run import refuse_foreign, set_damaged_aside
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.manifest import Cursor, FileRecord, Manifest, ShardRecord, ViewOrigin
+from tokenmill.dataroot.sidecar import documents_schema, metadata_schema
 from tokenmill.dataroot.view_record import load_view
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.loading.view import OpenView, ViewIndex, check_index, open_view
@@ -31,10 +32,12 @@ from tokenmill.shards.shard import ShardWriter
 from tokenmill.shards.token_sink import FileSink
 from tokenmill.views.catalogue import Catalogue, documents_at, open_sources
 from tokenmill.views.gather import Buckets, Gatherer, Places, available_memory_nbytes
+from tokenmill.views.metadata import GatheredMetadata, metadata_columns
 
 BLOCK_TOKENS = 1 << 21
 """Tokens of documents that are read and written at once."""
 _BUCKETS = ".buckets"
+_METADATA = "metadata.arrow" + layout.PARTIAL_SUFFIX
 
 OnTokens = Callable[[int, int], None]
 """Called with tokens that are written and tokens to write."""
@@ -130,6 +133,7 @@ def write_view(
             balance(root, manifest)
             complete(root, manifest)
         shutil.rmtree(root / _BUCKETS, ignore_errors=True)
+        (root / _METADATA).unlink(missing_ok=True)
     return WriteReport(
         root=str(root),
         status="complete" if missing else "already complete",
@@ -155,6 +159,7 @@ def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manife
         dtype=first.recipe.dtype,
         eos_token=first.recipe.eos_token,
         special_in_text=special.pop() if len(special) == 1 else "parse",
+        metadata_columns=metadata_columns(opened),
     )
     return Manifest(
         recipe=recipe,
@@ -249,8 +254,11 @@ def _write_shards(
         buckets.fill(progressed)
         gatherer = buckets
     rows = _origins(opened, index)
+    metadata = None
+    if columns := manifest.recipe.metadata:
+        metadata = GatheredMetadata(root / _METADATA, opened, index, metadata_schema(columns))
     recorder = Recorder(root, manifest)
-    writer = _Writer(root, manifest, index, gatherer, rows)
+    writer = _Writer(root, manifest, index, gatherer, rows, metadata=metadata)
     pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="shard")
     try:
         waiting = {pool.submit(writer.write, shard) for shard in missing}
@@ -287,13 +295,23 @@ class _StoppedError(Exception):
 class _Writer:
     """Writes shards of a view; threads share it."""
 
-    def __init__(self, root: Path, manifest: Manifest, index: ViewIndex, gatherer: Gatherer, rows: _Rows) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        index: ViewIndex,
+        gatherer: Gatherer,
+        rows: _Rows,
+        *,
+        metadata: GatheredMetadata | None,
+    ) -> None:
         self.stopped = False
         self._root = root
         self._manifest = manifest
         self._index = index
         self._gatherer = gatherer
         self._rows = rows
+        self._metadata = metadata
         self._dtype = npy.token_dtype(manifest.recipe.dtype)
         self._paths = pa.array([file.path for file in manifest.files], pa.string())
 
@@ -310,7 +328,7 @@ class _Writer:
             tokens=end - begin,
             dtype=self._dtype,
             paths=self._paths,
-            documents_version=self._manifest.documents_version,
+            schema=documents_schema(self._manifest),
         )
         try:
             first = int(np.searchsorted(begins, begin, side="right")) - 1
@@ -345,6 +363,7 @@ class _Writer:
             self._rows.file[first:stop],
             self._rows.row[first:stop],
             self._rows.identity[first:stop],
+            None if self._metadata is None else self._metadata.read(first, stop),
         )
         begin, end = max(tokens[0], int(begins[0])), min(tokens[1], int(begins[-1]))
         cut_at = end - int(begins[-2]) if end < int(begins[-1]) else 0
