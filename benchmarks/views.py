@@ -6,7 +6,8 @@ Makes up data roots below FOLDER. First one with as many gigabytes of real token
 is written out, once with documents read where they lie, once through files on disk, and beside both `cp` copies its
 tokens. Before each, what the system caches of files is dropped, where this process may (as root on Linux). Then as many
 documents in as many sources, as sidecars beside sparse files of tokens: a view of all of them is built, then opened,
-and samples at random places are read, warm. What is measured is a process of its own.
+and samples at random places are read, warm. Last, a hundredth of 100,000 documents is removed from a view. What is
+measured is a process of its own, but for that.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ from tokenmill import TokenDataset
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
 from tokenmill.dataroot.manifest import Consolidated, Count, Cursor, FileRecord, Manifest, ShardRecord, TokenizerRecord
+from tokenmill.dataroot.sidecar import documents_schema
+from tokenmill.loading.view import open_root
 from tokenmill.recipe import Recipe
 from tokenmill.shards.ledger import balance
 from tokenmill.shards.shard import DOCUMENTS_ROW_GROUP, Documents
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
 
 MEAN_TOKENS = 1_000
 SHARD_DOCUMENTS = 1_000_000
@@ -42,33 +47,6 @@ def make_up(root: Path, documents: int, *, seed: int, sparse: bool) -> None:
     if (root / layout.MANIFEST).exists():
         return
     root.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    shards: list[ShardRecord] = []
-    position = 0
-    sizes = [min(SHARD_DOCUMENTS, documents - at) for at in range(0, documents, SHARD_DOCUMENTS)]
-    for index, count in enumerate(sizes):
-        lengths = rng.integers(2, 2 * MEAN_TOKENS, count)
-        lengths[-1] += -int(lengths.sum()) % 2
-        starts = position + np.cumsum(lengths) - lengths
-        writer = Documents(root / layout.documents_name(index), pa.array(["a.parquet"]), layout.DOCUMENTS_VERSION)
-        hashes = rng.integers(0, 1 << 63, count)
-        rows = np.arange(count) + index * SHARD_DOCUMENTS
-        for at in range(0, count, DOCUMENTS_ROW_GROUP):
-            part = slice(at, at + DOCUMENTS_ROW_GROUP)
-            columns = (starts[part], lengths[part], rows[part], hashes[part], np.zeros(len(rows[part]), np.int64))
-            writer.append(np.stack(columns))
-        sha256 = writer.publish()
-        tokens = int(lengths.sum())
-        position += tokens
-        cursor = Cursor((index + 1) * SHARD_DOCUMENTS if index + 1 < len(sizes) else documents)
-        shards.append(ShardRecord(index, tokens, f"{seed:064x}", count, sha256, cursor, 0, [Count(0, count)]))
-    with (root / layout.TOKENS).open("wb") as file:
-        if sparse:
-            file.truncate(2 * position)
-        else:
-            for at in range(0, position, 1 << 24):
-                rng.integers(0, 4_096, min(1 << 24, position - at), dtype=np.uint16).tofile(file)
-    (root / layout.SAMPLE_IDS).write_bytes(b"")
     recipe = Recipe(
         dataset="made up", tokenizer=str(TOKENIZER), dtype="uint16", eos_token="</s>", shard_size=1 << 27, seq_len=2_048
     )
@@ -81,11 +59,36 @@ def make_up(root: Path, documents: int, *, seed: int, sparse: bool) -> None:
         software={},
         files=files,
         documents_version=layout.DOCUMENTS_VERSION,
-        shards=shards,
-        tokens=position,
         documents=documents,
-        complete=True,
     )
+    rng = np.random.default_rng(seed)
+    shards: list[ShardRecord] = []
+    position = 0
+    sizes = [min(SHARD_DOCUMENTS, documents - at) for at in range(0, documents, SHARD_DOCUMENTS)]
+    for index, count in enumerate(sizes):
+        lengths = rng.integers(2, 2 * MEAN_TOKENS, count)
+        lengths[-1] += -int(lengths.sum()) % 2
+        starts = position + np.cumsum(lengths) - lengths
+        writer = Documents(root / layout.documents_name(index), pa.array(["a.parquet"]), documents_schema(record))
+        hashes = rng.integers(0, 1 << 63, count)
+        rows = np.arange(count) + index * SHARD_DOCUMENTS
+        for at in range(0, count, DOCUMENTS_ROW_GROUP):
+            part = slice(at, at + DOCUMENTS_ROW_GROUP)
+            columns = (starts[part], lengths[part], rows[part], hashes[part], np.zeros(len(rows[part]), np.int64))
+            writer.append(np.stack(columns), None)
+        sha256 = writer.publish()
+        tokens = int(lengths.sum())
+        position += tokens
+        cursor = Cursor((index + 1) * SHARD_DOCUMENTS if index + 1 < len(sizes) else documents)
+        shards.append(ShardRecord(index, tokens, f"{seed:064x}", count, sha256, cursor, 0, [Count(0, count)]))
+    with (root / layout.TOKENS).open("wb") as file:
+        if sparse:
+            file.truncate(2 * position)
+        else:
+            for at in range(0, position, 1 << 24):
+                rng.integers(0, 4_096, min(1 << 24, position - at), dtype=np.uint16).tofile(file)
+    (root / layout.SAMPLE_IDS).write_bytes(b"")
+    record.shards, record.tokens, record.complete = shards, position, True
     balance(root, record)
     manifest.save(root, record)
     joined = Consolidated(dtype="uint16", seq_len=2_048, id_scheme="blake2b-64", tokens=position, complete=True)
@@ -137,6 +140,24 @@ def scale(folder: Path, documents: int, sources: int) -> None:
     print(f"a random sample: {1e6 * seconds / len(chosen):.0f} us, warm")
 
 
+def removal(folder: Path, documents: int) -> None:
+    """A hundredth of the documents, by row, is taken out of a view."""
+    root = folder / "removal"
+    apart(make_up, root, documents, seed=2, sparse=True)
+    rows = np.random.default_rng(0).choice(documents, documents // 100, replace=False).tolist()
+    (folder / "takedown.txt").write_text("".join(f"a.parquet {row}\n" for row in rows))
+    found = []
+    for name, remove in (("all", None), ("rest", str(folder / "takedown.txt"))):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        began = time.perf_counter()
+        source = ViewSource(name="web", root=str(root), remove=remove)
+        build_view(ViewSpec(sources=[source], seed=1), folder / name)
+        found.append((len(open_root(folder / name).open_index().places), time.perf_counter() - began))
+    (everything, seconds), (rest, seconds_removed) = found
+    assert everything - rest == len(rows)
+    print(f"a view of {everything:,} documents in {seconds:.2f} s; {len(rows):,} removed: {seconds_removed:.2f} s")
+
+
 def written(folder: Path, gigabytes: float) -> None:
     root = folder / "real"
     apart(make_up, root, int(gigabytes * 1e9 / 2 / MEAN_TOKENS), seed=1, sparse=False)
@@ -180,6 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     written(options.folder / "write", options.write_gb)
     scale(options.folder / "scale", options.documents, options.sources)
+    removal(options.folder / "scale", min(options.documents, 100_000))
 
 
 if __name__ == "__main__":

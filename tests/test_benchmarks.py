@@ -59,6 +59,12 @@ def test_consolidate(tmp_path: Path) -> None:
 def test_views(tmp_path: Path) -> None:
     found = printed("views", tmp_path, "--documents", 3_000, "--sources", 3, "--write-gb", 0.002)
     assert all(what in found for what in ("cp", "through files", "3,000 documents in 3 sources", "a random sample"))
+    assert "30 removed" in found
+
+
+def test_identity(corpus: Path) -> None:
+    found = printed("identity", corpus, "--tokenizer", TOKENIZER, "--metadata-column", "none", "--rounds", 1)
+    assert [line.split()[0] for line in found.splitlines()] == ["without", "hash", "metadata"]
 
 
 def test_load(tmp_path: Path) -> None:
