@@ -30,7 +30,7 @@ from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 
 RECIPE_FLAGS = [
-    *("--recipe", "--dataset", "--tokenizer", "--text-column", "--text-separator", "--shuffle"),
+    *("--recipe", "--dataset", "--tokenizer", "--text-column", "--metadata-column", "--text-separator", "--shuffle"),
     *("--order", "--seed", "--buffer-size"),
     *("--shard-size", "--total-tokens", "--dtype", "--special-in-text", "--eos-token", "--seq-len"),
 ]
@@ -71,7 +71,7 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert {name: [o for p in views[name].params for o in p.opts if o.startswith("-")] for name in views} == {
         "plan": [*quiet, *as_json],
         "build": [*quiet, *as_json],
-        "write": ["--shard-size", *workers, *quiet, *as_json],
+        "write": ["--shard-size", *workers, "--engine", "--ray-address", *quiet, *as_json],
         "prove-disjoint": as_json,
     }
     assert tokenmill.__all__ == [
@@ -90,7 +90,7 @@ def test_every_recipe_field_has_its_flag_and_help_tells_its_default() -> None:
     options = {p.name: p for p in cli.commands["pretokenize"].params if isinstance(p, click.Option)}
     assert fields.keys() <= options.keys()
     for name, field in fields.items():
-        if field.default not in (msgspec.NODEFAULT, None):
+        if field.default not in (msgspec.NODEFAULT, None, ()):
             shown = options["shuffle"] if name == "order" else options[name]
             assert f"[default: {field.default}]" in shown.help
 

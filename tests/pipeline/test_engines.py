@@ -33,6 +33,9 @@ from tokenmill.pipeline.driver import Progress
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.verification.verify import verify
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
+from tokenmill.views.write import write_view
 
 Run = Callable[..., Any]
 """`pretokenize` on one engine."""
@@ -485,6 +488,35 @@ def test_machines_come_and_go(ray_cluster: Any, ray_engine: Any, recipe: Recipe,
     pretokenize(recipe, tmp_path / "root", engine=ray_engine, span_rows=5, on_progress=show)
     assert len(lost) == 2
     assert every_digest(tmp_path / "root") == every_digest(tmp_path / "reference")
+
+
+def test_a_view_is_written_on_ray(ray_engine: Any, tmp_path: Path) -> None:
+    """With metadata, through the disk and not: what threads write."""
+    columns: dict[str, list[Any]] = {"lang": ["de" if i % 3 else None for i in range(200)], "n": list(range(200))}
+    write_parquet(tmp_path / "corpus" / "a.parquet", [text(i, 2 + i % 50) for i in range(200)], **columns)
+    recipe = Recipe(
+        dataset=str(tmp_path / "corpus"),
+        tokenizer=str(TOKENIZER),
+        shard_size=900,
+        metadata_columns=("lang", "number=n:int64"),
+    )
+    pretokenize(recipe, tmp_path / "threads")
+    pretokenize(recipe, tmp_path / "root", engine=ray_engine)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "root").glob("*.*") if path.suffix != ".json"}
+    assert files == {name: (tmp_path / "threads" / name).read_bytes() for name in files}
+    build_view(ViewSpec(sources=[ViewSource(name="a", root=str(tmp_path / "root"))], seed=5), tmp_path / "view")
+    write_view(tmp_path / "view", tmp_path / "out", shard_size=700)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*") if path.suffix != ".json"}
+    assert len(expected) > 10
+    for through_disk in (False, True):
+        out = tmp_path / f"ray-{through_disk}"
+        write_view(tmp_path / "view", out, shard_size=700, engine=ray_engine, through_disk=through_disk)
+        assert {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix != ".json"} == expected
+        assert verify(out).passed
+    with ray_engine.hold(str(tmp_path / "held")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenmill.ray.LEASE_SECONDS", 0.5)
+        with pytest.raises(errors.DataRootError, match="another tokenmill run of this Ray"):
+            write_view(tmp_path / "view", tmp_path / "held", engine=ray_engine)
 
 
 def test_a_second_run_on_ray_is_refused(

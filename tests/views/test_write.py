@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import DIE_AT, command, run_cli, text, write_parquet
+from support.engines import PicklingEngine
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
@@ -25,7 +26,7 @@ from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
 from tokenmill.verification.verify import verify
-from tokenmill.views import gather, write
+from tokenmill.views import gather, shards
 from tokenmill.views.build import build_view
 from tokenmill.views.spec import ViewSource, ViewSpec
 from tokenmill.views.write import write_view
@@ -69,6 +70,7 @@ def files(root: Path) -> dict[str, str]:
     through_disk=st.booleans(),
     bucket=st.sampled_from([2, 500, 1 << 20]),
     block=st.sampled_from([1, 300, 1 << 21]),
+    on_cluster=st.booleans(),
 )
 def test_any_view_is_written_as_it_is_read(
     roots: list[Path],
@@ -80,6 +82,7 @@ def test_any_view_is_written_as_it_is_read(
     through_disk: bool,
     bucket: int,
     block: int,
+    on_cluster: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
     shard_size = max(shard_size, 60) if holdout else max(shard_size, 100)  # not too many files
@@ -88,8 +91,9 @@ def test_any_view_is_written_as_it_is_read(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "BUCKET_NBYTES", bucket)
         patch.setattr(gather, "CHUNK_TOKENS", 777)
-        patch.setattr(write, "BLOCK_TOKENS", block)
-        options = {"workers": workers, "through_disk": through_disk}
+        patch.setattr(shards, "BLOCK_TOKENS", block)
+        engine = PicklingEngine(workers) if on_cluster else None
+        options = {"workers": workers, "through_disk": through_disk, "engine": engine}
         report = write_view(view, folder / "out", shard_size=shard_size, **options)
     assert (report.status, report.tokens, report.through_disk) == ("complete", read.tokens, through_disk)
     again = TokenDataset(folder / "out")
@@ -97,7 +101,8 @@ def test_any_view_is_written_as_it_is_read(
     assert np.array_equal(again[:], read[:])
     result = verify(folder / "out")
     assert result.passed, result.findings
-    assert not (folder / "out" / ".buckets").exists()
+    left = {path.name for path in (folder / "out").iterdir() if path.suffix not in (".npy", ".parquet")}
+    assert left == {layout.MANIFEST, layout.LOCK}
     for number in range(0, len(read), len(read) // 5 + 1):
         assert where_sample(folder / "out", number).documents == where_sample(view, number).documents
         assert np.array_equal(again.document_bounds(number), read.document_bounds(number))

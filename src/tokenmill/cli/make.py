@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +27,11 @@ from tokenmill.cli.options import (
     bad_rows_option,
     combine,
     data_root_argument,
+    engine_options,
     id_scheme_option,
     json_option,
     max_document_size_option,
+    open_cluster,
     output_argument,
     recipe_fields,
     recipe_options,
@@ -44,7 +44,6 @@ from tokenmill.options import OnBadRows, StoreOptions
 
 if TYPE_CHECKING:
     from tokenmill.dataroot.layout import IdScheme
-    from tokenmill.pipeline.cluster_engine import ClusterEngine
     from tokenmill.pipeline.preflight import Preflight
     from tokenmill.pipeline.summary import Summary
     from tokenmill.recipe import Recipe
@@ -69,19 +68,7 @@ if TYPE_CHECKING:
     metavar="yes|no",
     help="Whether shards stay in OUTPUT once they are in the bucket of --upload-to.  [default: yes]",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(["threads", "ray"]),
-    default="threads",
-    show_default=True,
-    help="Where the work is done: on threads of this process, or on all processors of a running Ray cluster. The bytes "
-    "are the same.",
-)
-@click.option(
-    "--ray-address",
-    metavar="auto|HOST:PORT|local",
-    help="Address of the Ray cluster's head; local starts Ray on this machine alone.  [default: RAY_ADDRESS, or auto]",
-)
+@engine_options
 @click.option(
     "--only-new",
     multiple=True,
@@ -130,8 +117,6 @@ def pretokenize(
     """
     from tokenmill.recipe import load_recipe
 
-    if ray_address is not None and engine != "ray":
-        raise click.UsageError("--ray-address requires --engine ray")
     resolved = load_recipe(recipe, recipe_fields(fields))
     shared: dict[str, Any] = {
         "workers": worker_count(workers),
@@ -143,7 +128,7 @@ def pretokenize(
     if dry_run:
         _print_plan(resolved, output, as_json, keep_local=keep_local, **shared)
         return
-    with _open_cluster(engine, ray_address) as cluster:
+    with open_cluster(engine, ray_address) as cluster:
         summary = run(
             resolved,
             output,
@@ -301,18 +286,6 @@ def demo(output: Path, workers: int | None) -> None:
         "\nNext, your own text (a directory of parquet files with a column 'text'):\n"
         f"    {program_name()} pretokenize data/ --dataset corpus/ --tokenizer {TOKENIZER} --dry-run"
     )
-
-
-@contextmanager
-def _open_cluster(engine: str, address: str | None) -> Iterator[ClusterEngine | None]:
-    """Connect to the cluster that `--engine` asks for; None for threads."""
-    if engine == "threads":
-        yield None
-        return
-    from tokenmill.ray import RayEngine
-
-    with RayEngine(address) as cluster:
-        yield cluster
 
 
 def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = False, **options: Any) -> Summary:

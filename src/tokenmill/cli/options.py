@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tokenmill.dataroot import layout
 from tokenmill.options import available_cores, parse_count
+
+if TYPE_CHECKING:
+    from tokenmill.pipeline.cluster_engine import ClusterEngine
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -158,6 +162,25 @@ speed_options = combine(
     ]
 )
 
+engine_options = combine(
+    [
+        click.option(
+            "--engine",
+            type=click.Choice(["threads", "ray"]),
+            default="threads",
+            show_default=True,
+            help="Where the work is done: on threads of this process, or on all processors of a running Ray cluster. "
+            "The bytes are the same.",
+        ),
+        click.option(
+            "--ray-address",
+            metavar="auto|HOST:PORT|local",
+            help="Address of the Ray cluster's head; local starts Ray on this machine alone.  [default: RAY_ADDRESS, "
+            "or auto]",
+        ),
+    ]
+)
+
 bad_rows_option = click.option(
     "--on-bad-rows",
     type=click.Choice(["error", "skip"]),
@@ -217,3 +240,22 @@ def worker_count(workers: int | None) -> int:
     if workers is None:
         return available_cores()
     return workers if workers > 0 else max(1, available_cores() * 3 // 4)
+
+
+@contextmanager
+def open_cluster(engine: str, address: str | None) -> Iterator[ClusterEngine | None]:
+    """Connect to the cluster that `--engine` asks for; None for threads.
+
+    Raises:
+        UsageError: an address without a cluster.
+        EngineError: no cluster is there.
+    """
+    if address is not None and engine != "ray":
+        raise click.UsageError("--ray-address requires --engine ray")
+    if engine == "threads":
+        yield None
+        return
+    from tokenmill.ray import RayEngine
+
+    with RayEngine(address) as cluster:
+        yield cluster

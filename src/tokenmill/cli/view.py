@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from tokenmill.cli.console import RESUME, end_on_signals, log_to, print_result
-from tokenmill.cli.options import Count, json_option, output_argument, worker_count, workers_option
+from tokenmill.cli.options import (
+    Count,
+    engine_options,
+    json_option,
+    open_cluster,
+    output_argument,
+    worker_count,
+    workers_option,
+)
 
 
 @click.group(short_help="Shuffle, split, select and grow data sets without tokenizing again.")
@@ -78,10 +86,19 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
 @output_argument
 @click.option("--shard-size", type=Count(1), metavar="TOKENS", help="Tokens per shard.  [default: the first source's]")
 @workers_option
+@engine_options
 @_quiet_option
 @json_option
 def write(
-    folder: Path, output: Path, *, shard_size: int | None, workers: int | None, quiet: bool, as_json: bool
+    folder: Path,
+    output: Path,
+    *,
+    shard_size: int | None,
+    workers: int | None,
+    engine: str,
+    ray_address: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Copy the documents of VIEW, in its order, into shards in the directory OUTPUT: a data set of its own.
 
@@ -97,11 +114,17 @@ def write(
     atomic.make_root(output)
     log_to(output)
     with (
+        open_cluster(engine, ray_address) as cluster,
         end_on_signals(lambda: f"whole shards are kept in {output}; {RESUME}"),
         count_display("tokens", quiet=quiet or as_json) as on_progress,
     ):
         found = write_view(
-            folder, output, shard_size=shard_size, workers=worker_count(workers), on_progress=on_progress
+            folder,
+            output,
+            shard_size=shard_size,
+            workers=worker_count(workers),
+            engine=cluster,
+            on_progress=on_progress,
         )
     print_result(found, report.written_lines(found), as_json=as_json)
 

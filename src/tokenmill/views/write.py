@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
-from tokenmill.dataroot import atomic, layout, npy
+from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.earlier_run import refuse_foreign, set_damaged_aside
 from tokenmill.dataroot.lock import lock_data_root
-from tokenmill.dataroot.manifest import Cursor, FileRecord, Manifest, ShardRecord, ViewOrigin
-from tokenmill.dataroot.sidecar import documents_schema, metadata_schema
+from tokenmill.dataroot.manifest import FileRecord, Manifest, ShardRecord, ViewOrigin
 from tokenmill.dataroot.view_record import load_view
 from tokenmill.errors import DataRootError, StorageError
-from tokenmill.loading.view import OpenView, ViewIndex, check_index, open_view
+from tokenmill.loading.view import OpenView, check_index, open_view
 from tokenmill.options import available_cores
 from tokenmill.recipe import Recipe
 from tokenmill.shards.ledger import balance, complete
-from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.recorder import Recorder
-from tokenmill.shards.shard import ShardWriter
-from tokenmill.shards.token_sink import FileSink
 from tokenmill.views.catalogue import Catalogue, documents_at, open_sources
-from tokenmill.views.gather import Buckets, Gatherer, Places, available_memory_nbytes
-from tokenmill.views.metadata import GatheredMetadata, metadata_columns
+from tokenmill.views.gather import Buckets, Places, available_memory_nbytes
+from tokenmill.views.origins import Origins, metadata_columns
+from tokenmill.views.shards import BUCKETS, ORIGINS, ShardTask, ViewShards, write_shard
 
-BLOCK_TOKENS = 1 << 21
-"""Tokens of documents that are read and written at once."""
-_BUCKETS = ".buckets"
-_METADATA = "metadata.arrow" + layout.PARTIAL_SUFFIX
+_ORIGIN_NBYTES = 32
+"""Of a document, on disk, while its shard is written; without its metadata."""
 
 OnTokens = Callable[[int, int], None]
 """Called with tokens that are written and tokens to write."""
+
+
+class Cluster(Protocol):
+    """What a cluster must offer: a part of `pipeline.cluster_engine.ClusterEngine`."""
+
+    def share(self, value: object) -> object: ...
+
+    def submit(self, task: Callable[..., ShardRecord], /, *args: object) -> Future[ShardRecord]: ...
+
+    def hold(self, target: str) -> contextlib.AbstractContextManager[None]: ...
+
+    def drop(self) -> None: ...
 
 
 class WriteReport(msgspec.Struct, kw_only=True):
@@ -59,15 +66,6 @@ class WriteReport(msgspec.Struct, kw_only=True):
     seconds: float
 
 
-class _Rows(NamedTuple):
-    """The origin of each document, in the order of the view; arrays of shape `(documents,)`."""
-
-    file: NDArray[np.int64]
-    """Index among the files of all sources."""
-    row: NDArray[np.int64]
-    identity: NDArray[np.uint64]
-
-
 def write_view(
     view: Path | str,
     root: Path | str,
@@ -75,6 +73,7 @@ def write_view(
     shard_size: int | None = None,
     workers: int | None = None,
     through_disk: bool | None = None,
+    engine: Cluster | None = None,
     on_progress: OnTokens = lambda done, total: None,
 ) -> WriteReport:
     """Make a data root of a view, or continue an earlier run.
@@ -86,6 +85,8 @@ def write_view(
         workers: threads, a shard each; None takes every core.
         through_disk: whether documents are put into buckets on disk first; None: if the sources take more than half of
             the memory that is free. The bytes are the same.
+        engine: a cluster that writes the shards (`tokenmill.ray.RayEngine`), all of whose machines see the view, its
+            sources and `root`; None uses threads of this process.
         on_progress: called as tokens are written.
 
     Raises:
@@ -109,7 +110,7 @@ def write_view(
         raise DataRootError(f"{root}: is a view", next_step="choose another directory")
     fresh = _new_manifest(opened, str(view), shard_size)
     atomic.make_root(root)
-    with lock_data_root(root):
+    with lock_data_root(root), contextlib.nullcontext() if engine is None else engine.hold(str(root.resolve())):
         manifest = _agreeing(root, fresh, opened)
         atomic.remove_partials(root)
         set_damaged_aside(root, manifest)
@@ -127,13 +128,14 @@ def write_view(
                 missing,
                 workers=workers,
                 through_disk=through_disk,
+                engine=engine,
                 on_progress=on_progress,
             )
         if missing or not manifest.complete:
             balance(root, manifest)
             complete(root, manifest)
-        shutil.rmtree(root / _BUCKETS, ignore_errors=True)
-        (root / _METADATA).unlink(missing_ok=True)
+        for folder in (BUCKETS, ORIGINS):
+            shutil.rmtree(root / folder, ignore_errors=True)
     return WriteReport(
         root=str(root),
         status="complete" if missing else "already complete",
@@ -221,6 +223,7 @@ def _write_shards(
     *,
     workers: int | None,
     through_disk: bool | None,
+    engine: Cluster | None,
     on_progress: OnTokens,
 ) -> bool:
     """Write the shards that are missing; whether documents went through buckets on disk."""
@@ -233,8 +236,9 @@ def _write_shards(
             memory is not None
             and sum(source.tokens for source in opened.view.sources) * manifest.itemsize > memory // 2
         )
+    origins = opened.view.documents * _ORIGIN_NBYTES
     left = len(missing) * manifest.recipe.shard_size * manifest.itemsize
-    needed = min(nbytes, left) + (nbytes if through_disk and not (root / _BUCKETS).exists() else 0)
+    needed = min(nbytes, left) + origins + (nbytes if through_disk and not (root / BUCKETS).exists() else 0)
     if (free := shutil.disk_usage(root).free) < needed:
         raise StorageError(
             f"{root}: the disk cannot hold it: {needed / 1e9:.2f} GB needed"
@@ -248,124 +252,54 @@ def _write_shards(
         done += tokens
         on_progress(done, total)
 
-    gatherer: Gatherer = places
     if through_disk:
-        buckets = Buckets(root / _BUCKETS, places, opened.view.places_sha256)
-        buckets.fill(progressed)
-        gatherer = buckets
-    rows = _origins(opened, index)
-    metadata = None
-    if columns := manifest.recipe.metadata:
-        metadata = GatheredMetadata(root / _METADATA, opened, index, metadata_schema(columns))
+        Buckets(root / BUCKETS, places, opened.view.places_sha256).fill(progressed)
+    Origins.write(root / ORIGINS, opened, index, manifest.recipe.metadata)
     recorder = Recorder(root, manifest)
-    writer = _Writer(root, manifest, index, gatherer, rows, metadata=metadata)
-    pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="shard")
-    try:
-        waiting = {pool.submit(writer.write, shard) for shard in missing}
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                record = future.result()
-                recorder.record(record)
-                progressed(record.tokens)
-    except BaseException:
-        writer.stopped = True
-        pool.shutdown(cancel_futures=True)
-        recorder.abandon()
-        raise
-    pool.shutdown()
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            submit = stack.enter_context(_on_threads(opened, root, manifest, workers, through_disk=through_disk))
+        else:
+            submit = stack.enter_context(_on_cluster(engine, opened, root, manifest, through_disk=through_disk))
+        try:
+            waiting = {submit(shard) for shard in missing}
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    record = future.result()
+                    recorder.record(record)
+                    progressed(record.tokens)
+        except BaseException:
+            recorder.abandon()
+            raise
     return through_disk
 
 
-def _origins(opened: OpenView, index: ViewIndex) -> _Rows:
-    count = len(index.places)
-    rows = _Rows(np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.uint64))
-    files = 0
-    for catalogue, here, documents in documents_at(_open_sources(opened), index.places):
-        rows.file[here], rows.row[here] = documents.file + files, documents.row
-        rows.identity[here] = documents.identity
-        files += len(catalogue.manifest.files)
-    return rows
+Submit = Callable[[int], "Future[ShardRecord]"]
 
 
-class _StoppedError(Exception):
-    """Another shard failed."""
+@contextlib.contextmanager
+def _on_threads(
+    opened: OpenView, root: Path, manifest: Manifest, workers: int | None, *, through_disk: bool
+) -> Iterator[Submit]:
+    shards = ViewShards(opened, root, manifest, through_disk=through_disk)
+    pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="shard")
+    try:
+        yield lambda shard: pool.submit(shards.write, shard)
+    finally:
+        shards.stopped = True  # nothing, if all are done
+        pool.shutdown(cancel_futures=True)
 
 
-class _Writer:
-    """Writes shards of a view; threads share it."""
-
-    def __init__(
-        self,
-        root: Path,
-        manifest: Manifest,
-        index: ViewIndex,
-        gatherer: Gatherer,
-        rows: _Rows,
-        *,
-        metadata: GatheredMetadata | None,
-    ) -> None:
-        self.stopped = False
-        self._root = root
-        self._manifest = manifest
-        self._index = index
-        self._gatherer = gatherer
-        self._rows = rows
-        self._metadata = metadata
-        self._dtype = npy.token_dtype(manifest.recipe.dtype)
-        self._paths = pa.array([file.path for file in manifest.files], pa.string())
-
-    def write(self, shard: int) -> ShardRecord:
-        """Make a shard durable; its record."""
-        begins, size = self._index.begins, self._manifest.recipe.shard_size
-        begin = shard * size
-        end = min(begin + size, int(begins[-1]))
-        header = npy.npy_header(self._dtype, end - begin)
-        writer = ShardWriter(
-            self._root,
-            shard,
-            FileSink(self._root / layout.shard_name(shard), header),
-            tokens=end - begin,
-            dtype=self._dtype,
-            paths=self._paths,
-            schema=documents_schema(self._manifest),
-        )
-        try:
-            first = int(np.searchsorted(begins, begin, side="right")) - 1
-            last = int(np.searchsorted(begins, end, side="left"))
-            while first < last:
-                stop = int(np.searchsorted(begins, int(begins[first]) + BLOCK_TOKENS, side="right")) - 1
-                stop = min(last, max(first + 1, stop))
-                self._append(writer, shard, (first, stop), (begin, end))
-                first = stop
-            at = int(np.searchsorted(begins, end, side="right")) - 1
-            cursor = Cursor(at, end - int(begins[at])) if end < int(begins[-1]) else Cursor(len(begins) - 1, 0)
-            return writer.finish(cursor, self._manifest.expected(shard))
-        except BaseException:
-            writer.discard()
-            raise
-
-    def _append(self, writer: ShardWriter, shard: int, documents: tuple[int, int], tokens: tuple[int, int]) -> None:
-        """Append the tokens of some documents that lie in the shard."""
-        if self.stopped:
-            raise _StoppedError
-        first, stop = documents
-        begins = self._index.begins[first : stop + 1]
-        lengths = np.diff(begins)
-        data: NDArray[Any] = self._gatherer.read(first, stop)
-        count = stop - first
-        block = EmittedRows(
-            [data],
-            np.zeros(count, np.int64),
-            begins[:-1] - begins[0],
-            lengths,
-            np.zeros(count, np.uint8),
-            self._rows.file[first:stop],
-            self._rows.row[first:stop],
-            self._rows.identity[first:stop],
-            None if self._metadata is None else self._metadata.read(first, stop),
-        )
-        begin, end = max(tokens[0], int(begins[0])), min(tokens[1], int(begins[-1]))
-        cut_at = end - int(begins[-2]) if end < int(begins[-1]) else 0
-        part = ShardSlice(shard, 0, count, begin - int(begins[0]), end - begin, cut_at)
-        writer.append(block, part, begin)
+@contextlib.contextmanager
+def _on_cluster(
+    engine: Cluster, opened: OpenView, root: Path, manifest: Manifest, *, through_disk: bool
+) -> Iterator[Submit]:
+    task = ShardTask(uuid.uuid4().hex, opened.root.resolve(), root.resolve(), manifest, through_disk)
+    atomic.write_whole(root / layout.RUN, task.run.encode())
+    shared = engine.share(task)
+    try:
+        yield lambda shard: engine.submit(write_shard, shared, shard)
+    finally:  # tasks that begin from now on find that the data root is not this run's
+        engine.drop()
+        atomic.remove(root, layout.RUN)
