@@ -7,7 +7,7 @@ SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files
 	tests/corpus/test_listing.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
 	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
 
-.PHONY: demo test test-lowest test-cluster campaign check format clean
+.PHONY: demo test test-lowest test-cluster interop campaign check format clean
 
 demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
@@ -24,6 +24,12 @@ test-lowest: $(READY)  ## the short tests with every dependency at its lower bou
 test-cluster: $(READY)  ## Ray on several machines, as network namespaces (Linux, root)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m cluster --timeout=600 tests/pipeline/test_cluster.py
+
+interop: $(READY)  ## the readers of other projects, for tests/interchange/test_readers.py (Python 3.11, 340 MB)
+	$(BIN)/python -m venv --without-pip $(VENV)/interop
+	$(BIN)/python -m pip --python $(VENV)/interop/bin/python install --quiet --no-deps -r tests/interchange/interop.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(VENV)/interop/bin/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth  # PyTorch, NumPy and such are those of .venv
 
 SECONDS ?= 600
 campaign: $(READY)  ## kills, power loss, damage, faults, odd input, races, bad servers, for SECONDS (docs/reliability.md)

@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "src" / "tokenmill"
 
 LAYERS = (
     "cli",
-    "ray | torch",
+    "ray | torch | interchange",
     "pipeline | verification | views",
     "shards | loading",
     "encoding | transfer",

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     __version__: str
     from tokenmill.corpus.order import buffer_order as buffer_order
     from tokenmill.errors import TokenmillError as TokenmillError
+    from tokenmill.interchange.export import export as export
+    from tokenmill.interchange.export import plan_export as plan_export
     from tokenmill.loading.dataset import TokenDataset as TokenDataset
     from tokenmill.loading.receipts import Receipt as Receipt
     from tokenmill.loading.receipts import ReceiptWriter as ReceiptWriter
@@ -58,9 +60,11 @@ _HOMES = {
     "check_receipt": "loading.receipts",
     "consolidate": "shards.consolidate",
     "download": "transfer.download",
+    "export": "interchange.export",
     "load_receipt": "loading.receipts",
     "load_recipe": "recipe",
     "load_spec": "views.spec",
+    "plan_export": "interchange.export",
     "plan_view": "views.build",
     "pretokenize": "pipeline.pretokenize",
     "prove_disjoint": "views.disjoint",
@@ -87,10 +91,12 @@ __all__ = [
     "check_receipt",
     "consolidate",
     "download",
+    "export",
     "load_receipt",
     "load_recipe",
     "load_spec",
     "merge",
+    "plan_export",
     "plan_view",
     "pretokenize",
     "prove_disjoint",

@@ -96,3 +96,15 @@ class EngineError(TokenmillError):
     """The cluster is not there or cannot do it: start or mend it, then run again."""
 
     exit_code = 8
+
+
+class ExportError(TokenmillError):
+    """The format of a trainer cannot hold the data set: choose another format, or make the data set otherwise."""
+
+    exit_code = 2
+
+
+class ImportDataError(TokenmillError):
+    """What is to be imported is not what its format says: mend it, or name its format."""
+
+    exit_code = 3

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tokenmill.cli import inspect, make, transfer, verify, view
+from tokenmill.cli import inspect, interchange, make, transfer, verify, view
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
 
@@ -29,7 +29,7 @@ EXIT_CODES = """\b
 Exit codes:
   0   done, or done already
   1   validation failed, verify found something, a receipt is wrong, or two views share a text
-  2   wrong usage, recipe or view, no such sample, or not a receipt
+  2   wrong usage, recipe or view, no such sample, not a receipt, or a format that cannot hold it
   3   the corpus cannot be read, cannot be reached, or changed
   4   the tokenizer cannot be loaded, or its backends disagree
   5   the data root is in use, foreign, of another recipe, or its records cannot be read
@@ -101,6 +101,7 @@ for _command in (
     inspect.stats,
     inspect.receipts,
     view.view,
+    interchange.export,
     help_command,
 ):
     cli.add_command(_command)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.dataroot.manifest import Consolidated
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
+    from tokenmill.interchange.export import ExportReport
     from tokenmill.loading.info import Info
     from tokenmill.loading.order_quality import OrderQuality
     from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
@@ -457,3 +458,28 @@ def disjointness_lines(found: Disjointness) -> list[str]:
     if found.passed:
         return [*lines, "\u2705 no text is in both"]
     return [*lines, *found.examples, f"\u274c {_plural(found.shared, 'text')} in both"]
+
+
+_MOST_FILES = 12
+
+
+def export_lines(found: ExportReport) -> list[str]:
+    """Say what an export wrote, or would write."""
+    tokens = ", ".join(
+        f"{split}: {_plural(number, 'token')} in {_plural(found.documents[split], 'document')}"
+        for split, number in found.tokens.items()
+    )
+    shown = list(found.files.items())[:_MOST_FILES]
+    lines = [tokens, *(f"{nbytes:>18,}  {name}" for name, nbytes in shown)]
+    if len(found.files) > len(shown):
+        lines.append(f"{sum(found.files.values()):>18,}  in {len(found.files):,} files")
+    lines += [f"note: {note}" for note in found.notes]
+    if found.status == "planned":
+        return [*lines, "nothing was written (--dry-run)"]
+    linked = f", {_plural(found.linked, 'hard link')}" if found.linked else ""
+    status = ": already complete" if found.status != "complete" else ""
+    return [
+        *lines,
+        f"read by {found.reader.replace('OUT', found.out)}",
+        f"\u2705 {found.out}: {found.format}, {_plural(len(found.files), 'file')}{linked}{status}",
+    ]

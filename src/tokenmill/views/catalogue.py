@@ -108,27 +108,6 @@ class Catalogue:
         return self.stream.read(start, start + length)
 
 
-def taken_documents(catalogue: Catalogue, places: NDArray[np.int64]) -> Documents:
-    """Return the documents of a data root that begin at `places`, counted in its stream, ascending.
-
-    Raises:
-        DataRootError: none begins at one of them.
-    """
-    none = np.empty(0, np.int64)
-    found = [Documents(none, none, none, none, np.empty(0, np.uint64))]
-    for _, documents in catalogue.tables() if len(places) else ():
-        at = np.searchsorted(places, documents.start)
-        found.append(documents.chosen(at < np.searchsorted(places, documents.start, side="right")))
-    joined = Documents._make(np.concatenate(columns) for columns in zip(*found, strict=True))
-    if not np.array_equal(joined.start, places):
-        lost = np.setdiff1d(places, joined.start)
-        raise DataRootError(
-            f"{catalogue.root}: no document begins at token {int(lost[0]) if len(lost) else -1}, as the view says",
-            next_step="run tokenmill verify on the data root; if it passes, build the view again",
-        )
-    return joined
-
-
 def taken_metadata(catalogue: Catalogue, places: NDArray[np.int64], schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield the metadata of the documents that begin at `places`, as `taken_documents`; what is not there is null."""
     for table, documents in catalogue.tables():
@@ -142,17 +121,35 @@ def taken_metadata(catalogue: Catalogue, places: NDArray[np.int64], schema: pa.S
 def documents_at(
     catalogues: Iterable[Catalogue], places: NDArray[np.int64]
 ) -> Iterator[tuple[Catalogue, NDArray[np.int64], Documents]]:
-    """Yield, for each data root, which of `places` lie in it, in the order of its stream, and their documents.
+    """Yield, for each sidecar of each data root, which of `places` lie in it, in its order, and their documents.
 
     Places are counted over the streams of all data roots one after the other.
+
+    Raises:
+        DataRootError: no document begins at one of them.
     """
     order = np.argsort(places, kind="stable")
-    ranked = places[order]
-    base = 0
+    base = at = 0
     for catalogue in catalogues:
-        here = slice(*np.searchsorted(ranked, [base, base + catalogue.stream.tokens]).tolist())
-        yield catalogue, order[here], taken_documents(catalogue, ranked[here] - base)
-        base += catalogue.stream.tokens
+        end = base + catalogue.stream.tokens
+        stop = int(np.searchsorted(places, end, sorter=order))
+        for _, documents in catalogue.tables() if at < stop else ():
+            here = order[at : min(stop, at + len(documents.start))]
+            wanted = places[here] - base
+            found = np.searchsorted(documents.start, wanted)
+            found = found[found < len(documents.start)]
+            is_there = documents.start[found] == wanted[: len(found)]
+            count = len(found) if is_there.all() else int(np.argmin(is_there))
+            mask = np.zeros(len(documents.start), np.bool_)
+            mask[found[:count]] = True
+            yield catalogue, here[:count], documents.chosen(mask)
+            at += count
+        if at < stop:
+            raise DataRootError(
+                f"{catalogue.root}: no document begins at token {int(places[order[at]]) - base}, as the view says",
+                next_step="run tokenmill verify on the data root; if it passes, build the view again",
+            )
+        base = end
 
 
 def open_sources(folder: Path, sources: list[SourceRecord]) -> Iterator[Catalogue]:

@@ -181,12 +181,12 @@ class _Origins(NamedTuple):
         """Read the origins of documents at `places`, in any order."""
         found = cls(*(np.empty(len(places), np.int64) for _ in range(3)))
         names = sorted(catalogue.name for catalogue in catalogues)
+        ranks: dict[str, NDArray[np.int64]] = {}
         for catalogue, here, documents in documents_at(catalogues, places):
-            paths = [file.path for file in catalogue.manifest.files]
-            rank = np.empty(len(paths), np.int64)
-            rank[np.array(sorted(range(len(paths)), key=paths.__getitem__))] = np.arange(len(paths))
+            if catalogue.name not in ranks:
+                ranks[catalogue.name] = np.argsort(np.argsort([file.path for file in catalogue.manifest.files]))
             found.source[here] = names.index(catalogue.name)
-            found.file[here], found.row[here] = rank[documents.file], documents.row
+            found.file[here], found.row[here] = ranks[catalogue.name][documents.file], documents.row
         return found
 
     def ranks(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ RESIDENT_NBYTES = 256 << 20
 """Of the sources; more of them stays in the system's cache, if it has room."""
 CHUNK_TOKENS = 1 << 24
 """Read at once while documents are put into buckets."""
+_LOOKED_AT = 1 << 16
 _DONE = "done"
 
 
@@ -81,6 +82,21 @@ class Places:
                 out[first:last] = self._streams[source].read(start, end) if whole is None else whole[start:end]
 
 
+def _chunks(index: ViewIndex, order: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield stretches of `order` whose documents have about `CHUNK_TOKENS` together."""
+    first = 0
+    while first < len(order):
+        end, tokens = first, 0
+        while end < len(order) and tokens < CHUNK_TOKENS:
+            some = order[end : end + _LOOKED_AT]
+            ends = tokens + np.cumsum(index.begins[some + 1] - index.begins[some])
+            taken = int(np.searchsorted(ends, CHUNK_TOKENS)) + 1
+            taken = min(taken, len(some))
+            end, tokens = end + taken, int(ends[taken - 1])
+        yield first, end
+        first = end
+
+
 class Buckets:
     """The documents of a view on disk, a file for each stretch of it.
 
@@ -111,25 +127,23 @@ class Buckets:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         index = self._places.index
-        with atomic.translate_write_errors(self._folder), contextlib.ExitStack() as stack:
+        with atomic.translate_write_errors(self._folder):
             self._folder.mkdir()
-            paths = map(self._path, range(len(self.bounds) - 1))
-            files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
             order = np.argsort(index.places)
-            lengths = np.diff(index.begins)[order]
-            bucket = np.searchsorted(self.bounds, order, side="right") - 1
-            ends = np.cumsum(lengths)
-            cuts = np.unique(np.searchsorted(ends, np.arange(0, int(ends[-1]) if len(ends) else 0, CHUNK_TOKENS)))
-            for first, end in zip(cuts.tolist(), [*cuts[1:].tolist(), len(order)], strict=True):
-                by_bucket = first + np.argsort(bucket[first:end], kind="stable")
-                of_chunk = lengths[by_bucket]
+            for first, end in _chunks(index, order):
+                bucket = np.searchsorted(self.bounds, order[first:end], side="right") - 1
+                by_bucket = np.argsort(bucket, kind="stable")
+                documents = order[first:end][by_bucket]
+                of_chunk = index.begins[documents + 1] - index.begins[documents]
                 out = np.empty(int(of_chunk.sum()), self._places.dtype)
                 to = np.cumsum(of_chunk) - of_chunk
-                self._places.copy(index.places[order[by_bucket]], to, of_chunk, out)
+                self._places.copy(index.places[documents], to, of_chunk, out)
                 used, starts = np.unique(bucket[by_bucket], return_index=True)
                 edges = [*to[starts].tolist(), len(out)]
                 for number, begin, stop in zip(used.tolist(), edges, edges[1:], strict=False):
-                    files[number].write(out[begin:stop].data.cast("B"))
+                    # Not kept open: there may be more buckets than a process may have files.
+                    with self._path(number).open("ab", buffering=0) as file:
+                        file.write(out[begin:stop].data.cast("B"))
                 on_progress(len(out))
         atomic.write_whole(done, self._key.encode())
 

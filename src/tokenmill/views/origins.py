@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import shutil
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,13 @@ def metadata_columns(opened: OpenView) -> tuple[str, ...]:
     return tuple(f"{name}={name}:{kind}" for name, kind in kinds.items())
 
 
+def first_file_of(opened: OpenView) -> dict[str, int]:
+    """Return the index of the first file of each source among the files of all."""
+    counts = [len(root.files) for root in opened.sources]
+    firsts = itertools.accumulate(counts, initial=0)
+    return {source.name: first for source, first in zip(opened.view.sources, firsts, strict=False)}
+
+
 class Origins:
     """What the sidecars of the sources say of a view's documents, in its order, mapped from files that `write` made.
 
@@ -84,13 +92,13 @@ class Origins:
             folder.mkdir()
             shape = (4, len(index.places))
             numbers = np.lib.format.open_memmap(folder / _NUMBERS, "w+", np.dtype("<i8"), shape)
-            rank = files = 0
+            rank = 0
+            first_files = first_file_of(opened)
             for catalogue, here, documents in documents_at(_sources(opened), index.places):
-                numbers[0, here], numbers[1, here] = documents.file + files, documents.row
+                numbers[0, here], numbers[1, here] = documents.file + first_files[catalogue.name], documents.row
                 numbers[2, here] = documents.identity.view(np.int64)
                 numbers[3, here] = np.arange(rank, rank + len(here))
                 rank += len(here)
-                files += len(catalogue.manifest.files)
             numbers.flush()
             if columns:
                 _write_metadata(folder / _METADATA, opened, np.sort(index.places), metadata_schema(columns))

@@ -26,9 +26,9 @@ from tokenmill.options import available_cores
 from tokenmill.recipe import Recipe
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.recorder import Recorder
-from tokenmill.views.catalogue import Catalogue, documents_at, open_sources
+from tokenmill.views.catalogue import documents_at, open_sources
 from tokenmill.views.gather import Buckets, Places, available_memory_nbytes
-from tokenmill.views.origins import Origins, metadata_columns
+from tokenmill.views.origins import Origins, first_file_of, metadata_columns
 from tokenmill.views.shards import BUCKETS, ORIGINS, ShardTask, ViewShards, write_shard
 
 _ORIGIN_NBYTES = 32
@@ -186,16 +186,14 @@ def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manife
 
 def _files(opened: OpenView) -> list[FileRecord]:
     """Return the files of all sources; their rows are the documents that the view takes."""
-    found: list[FileRecord] = []
-    for catalogue, _, documents in documents_at(_open_sources(opened), opened.open_index().places):
-        counts = np.bincount(documents.file, minlength=len(catalogue.manifest.files)).tolist()
-        for file, count in zip(catalogue.manifest.files, counts, strict=True):
-            found.append(FileRecord(f"{catalogue.name}/{file.path}", file.nbytes, count, file.etag))
-    return found
-
-
-def _open_sources(opened: OpenView) -> Iterator[Catalogue]:
-    return open_sources(opened.root, opened.view.sources)
+    files, first_files = opened.files, first_file_of(opened)
+    counts = np.zeros(len(files), np.int64)
+    sources = open_sources(opened.root, opened.view.sources)
+    for catalogue, _, documents in documents_at(sources, opened.open_index().places):
+        counts += np.bincount(documents.file + first_files[catalogue.name], minlength=len(files))
+    return [
+        FileRecord(file.path, file.nbytes, count, file.etag) for file, count in zip(files, counts.tolist(), strict=True)
+    ]
 
 
 def _agreeing(root: Path, fresh: Manifest, opened: OpenView) -> Manifest:

@@ -1,0 +1,1 @@
+"""Interchange: data sets in the formats of trainers, out and in."""

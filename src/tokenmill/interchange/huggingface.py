@@ -1,0 +1,124 @@
+"""Hugging Face datasets: parquet files with a row for each document, and a dataset card."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokenmill.interchange.dataset import ExportedDataset
+from tokenmill.interchange.format import Bounds, require_short_documents, require_whole_documents, running
+from tokenmill.interchange.output import ByteSink, Output, OutputFile
+
+_FILE_NBYTES = 1 << 30
+"""Tokens of a file, in bytes."""
+_GROUP_NBYTES = 64 << 20
+"""Likewise of a row group."""
+_TYPES = {2: pa.uint16(), 4: pa.int32()}
+
+
+class HuggingFace:
+    """Writes `data/SPLIT-NNNNN-of-NNNNN.parquet` and `README.md`.
+
+    A row is a document: `input_ids` (list of uint16, or of int32 where ids have 32 bits), `source`, `row`, and the
+    metadata columns. The file that a row is in depends on the tokens before it alone.
+    """
+
+    name = "parquet"
+    reader = "datasets.load_dataset('OUT'), the Transformers trainers, the hub's viewer"
+    has_validation = True
+
+    def refuse(self, dataset: ExportedDataset) -> None:
+        require_whole_documents(dataset, self.name)
+        require_short_documents(dataset, self.name)
+
+    def files(self, dataset: ExportedDataset, split: str) -> dict[str, int]:
+        nbytes = dataset.tokens * dataset.dtype.itemsize
+        count = _count(dataset)
+        return {_name(split, number, count): nbytes // count for number in range(count)} | {"README.md": 300}
+
+    def write(self, dataset: ExportedDataset, split: str, output: Output) -> None:
+        count = _count(dataset)
+        groups = itertools.groupby(_row_groups(dataset, output.folder / ".origins"), key=lambda group: group.file)
+        for number, of_file in groups:
+            if not output.is_done(_name(split, number, count)):
+                with output.file(_name(split, number, count)) as file:
+                    _write_file(dataset, file, of_file)
+        if not output.is_done("README.md"):
+            with output.file("README.md") as file:
+                file.write(_card(output.record.splits, dataset).encode())
+
+
+class _RowGroup(NamedTuple):
+    file: int
+    starts: NDArray[np.int64]
+    end: int
+    """One past the last token of its last document."""
+    origins: pa.Table
+
+
+def _row_groups(dataset: ExportedDataset, scratch: Path) -> Iterator[_RowGroup]:
+    """Yield documents that begin within the same `_GROUP_NBYTES` of the stream."""
+    bounds = Bounds(running(dataset.lengths()))
+    for table in dataset.origins(scratch):
+        starts, ends = bounds.take(len(table))
+        group = starts * dataset.dtype.itemsize // _GROUP_NBYTES
+        _, firsts = np.unique(group, return_index=True)
+        for first, stop in itertools.pairwise([*firsts.tolist(), len(starts)]):
+            file = int(group[first]) // (_FILE_NBYTES // _GROUP_NBYTES)
+            yield _RowGroup(file, starts[first:stop], int(ends[stop - 1]), table.slice(first, stop - first))
+
+
+def _count(dataset: ExportedDataset) -> int:
+    """Return the number of files: one for each `_FILE_NBYTES` in which a document begins, the last one at the end."""
+    last = dataset.found.documents().between(dataset.tokens - 1, dataset.tokens)[0].start
+    return last * dataset.dtype.itemsize // _FILE_NBYTES + 1
+
+
+def _name(split: str, number: int, count: int) -> str:
+    return f"data/{_SPLITS[split]}-{number:05d}-of-{count:05d}.parquet"
+
+
+_SPLITS = {"train": "train", "val": "validation"}
+
+
+def _write_file(dataset: ExportedDataset, file: OutputFile, groups: Iterator[_RowGroup]) -> None:
+    kind = _TYPES[dataset.dtype.itemsize]
+    columns = dataset.metadata
+    schema = pa.schema(
+        [
+            pa.field("input_ids", pa.list_(kind)),
+            pa.field("source", pa.string()),
+            pa.field("row", pa.int64()),
+            *(pa.field(column.name, pa.type_for_alias(column.arrow_type)) for column in columns),
+        ]
+    )
+    with pq.ParquetWriter(pa.PythonFile(ByteSink(file), "w"), schema, compression="zstd") as writer:
+        for group in groups:
+            first = int(group.starts[0])
+            values = pa.array(np.ascontiguousarray(dataset.stream.read(first, group.end)).view(kind.to_pandas_dtype()))
+            offsets = pa.array(np.append(group.starts, group.end) - first, pa.int32())
+            table = group.origins.select(["source", "row", *(column.name for column in columns)])
+            table = table.add_column(0, "input_ids", pa.ListArray.from_arrays(offsets, values))
+            writer.write_table(table.cast(schema), row_group_size=len(table))
+
+
+def _card(splits: Collection[str], dataset: ExportedDataset) -> str:
+    """Return a dataset card: which files are which split."""
+    files = "".join(f"  - split: {_SPLITS[split]}\n    path: data/{_SPLITS[split]}-*\n" for split in splits)
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{files}---
+
+Tokens of {dataset.tokenizer.vocab_size:,} ids, made with the tokenizer `{dataset.tokenizer.name}` (SHA-256 of
+`tokenizer.json`: {dataset.tokenizer.sha256}). A row is a document: `input_ids` end with {dataset.tokenizer.eos_id};
+`source` and `row` say where its text comes from.
+"""

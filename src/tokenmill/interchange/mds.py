@@ -1,0 +1,112 @@
+"""MosaicML Streaming, llm-foundry: MDS shards and `index.json`.
+
+Layout: `streaming/base/format/mds/` of https://github.com/mosaicml/streaming. A shard is the number of samples
+(`<I`), where each begins and the last ends (`<I` each, from the start of the file), the configuration as JSON, and
+the samples. A sample has the only column, `tokens`, whose shape its encoding fixes, so it is nothing but its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from tokenmill.errors import ExportError
+from tokenmill.interchange.dataset import ExportedDataset
+from tokenmill.interchange.output import Output
+
+_SHARD_NBYTES = 1 << 26
+"""As MDSWriter has it by default."""
+_KINDS = {2: "uint16", 4: "int32"}
+
+
+class Mds:
+    """Writes `SPLIT/shard.NNNNN.mds` and `SPLIT/index.json`: a row is a sample of `seq_len` tokens."""
+
+    name = "mds"
+    reader = "MosaicML Streaming, llm-foundry: StreamingDataset(local='OUT', split='train')"
+    has_validation = True
+
+    def refuse(self, dataset: ExportedDataset) -> None:
+        require_samples(dataset, self.name)
+
+    def files(self, dataset: ExportedDataset, split: str) -> dict[str, int]:
+        config = _config(dataset)
+        sizes = {
+            f"{split}/{_shard_name(number)}": 4 + 4 * (samples + 1) + len(config) + samples * _sample_nbytes(dataset)
+            for number, samples in enumerate(_shards(dataset))
+        }
+        return sizes | {f"{split}/index.json": 500 * len(sizes)}
+
+    def write(self, dataset: ExportedDataset, split: str, output: Output) -> None:
+        config = _config(dataset)
+        nbytes = _sample_nbytes(dataset)
+        shards = _shards(dataset)
+        for number, chunk in zip(range(len(shards)), dataset.chunks(shards[0] * dataset.seq_len), strict=False):
+            name, samples = f"{split}/{_shard_name(number)}", shards[number]
+            if output.is_done(name):
+                continue
+            first = 4 + 4 * (samples + 1) + len(config)
+            with output.file(name) as file:
+                file.write(np.array([samples], "<u4"))
+                file.write((first + np.arange(samples + 1, dtype=np.int64) * nbytes).astype("<u4"))
+                file.write(config)
+                file.write(np.ascontiguousarray(chunk[: samples * dataset.seq_len]))
+        if not output.is_done(f"{split}/index.json"):
+            with output.file(f"{split}/index.json") as file:
+                file.write(json.dumps(_index(dataset, split, output), sort_keys=True).encode())
+
+
+def require_samples(dataset: ExportedDataset, name: str) -> None:
+    """Require a whole sample, for formats whose rows are samples.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if dataset.samples == 0:
+        raise ExportError(
+            f"{dataset.root}: {name} has samples, and {dataset.tokens:,} tokens make none of {dataset.seq_len:,}",
+            next_step="build a view with a smaller seq_len, and export that",
+        )
+
+
+def _sample_nbytes(dataset: ExportedDataset) -> int:
+    return dataset.seq_len * dataset.dtype.itemsize
+
+
+def _shards(dataset: ExportedDataset) -> list[int]:
+    """Return the samples of each shard."""
+    most = max(1, (_SHARD_NBYTES - 8192) // (_sample_nbytes(dataset) + 4))
+    whole, rest = divmod(dataset.samples, most)
+    return [most] * whole + [rest] * (rest > 0)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard.{number:05d}.mds"
+
+
+def _fields(dataset: ExportedDataset) -> dict[str, Any]:
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": None,
+        "hashes": ["sha256"],
+        "size_limit": _SHARD_NBYTES,
+        "column_names": ["tokens"],
+        "column_encodings": [f"ndarray:{_KINDS[dataset.dtype.itemsize]}:{dataset.seq_len}"],
+        "column_sizes": [_sample_nbytes(dataset)],
+    }
+
+
+def _config(dataset: ExportedDataset) -> bytes:
+    return json.dumps(_fields(dataset), sort_keys=True).encode()
+
+
+def _index(dataset: ExportedDataset, split: str, output: Output) -> dict[str, Any]:
+    shards = []
+    for number, samples in enumerate(_shards(dataset)):
+        written = output.record.files[f"{split}/{_shard_name(number)}"]
+        raw = {"basename": _shard_name(number), "bytes": written.nbytes, "hashes": {"sha256": written.sha256}}
+        shards.append({"samples": samples, "raw_data": raw, "zip_data": None, **_fields(dataset)})
+    return {"version": 2, "shards": shards}

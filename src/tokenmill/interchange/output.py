@@ -1,0 +1,248 @@
+"""Output: the directory of an export: files that are whole or absent, and `export.json`, which says what they are."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from numpy.typing import NDArray
+
+from tokenmill.dataroot import atomic, layout
+from tokenmill.dataroot.manifest import encode, load_record
+from tokenmill.errors import ExportError, StorageError
+
+EXPORT = "export.json"
+_VERSION = 3
+"""As of all records (`dataroot.manifest.VERSION`)."""
+
+
+class WrittenFile(msgspec.Struct):
+    """A file of an export."""
+
+    nbytes: int
+    sha256: str
+    linked: bool = False
+    """Whether it is a hard link to `tokens.bin` of the data set."""
+
+
+class ExportedSplit(msgspec.Struct, kw_only=True):
+    """What was exported under one name: `train` or `val`."""
+
+    root: str
+    identity: str
+    """SHA-256 over the digests of the data set's shards; of a view, over all that defines its samples."""
+    dtype: str
+    tokens: int
+    documents: int
+    tokens_sha256: str = ""
+    """Of all tokens, as the data set stores them."""
+    inner_eos: int = 0
+    """EOS ids inside documents."""
+
+
+class ExportRecord(msgspec.Struct, kw_only=True):
+    """All of `export.json`."""
+
+    version: int = _VERSION
+    complete: bool = False
+    format: str
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    seq_len: int
+    splits: dict[str, ExportedSplit]
+    files: dict[str, WrittenFile] = {}
+    notes: list[str] = []
+    digests: dict[str, str] = {}
+    """SHA-256 of every other field, as in the manifest."""
+
+    def is_of(self, other: ExportRecord) -> bool:
+        """Return whether both are the same export, from wherever its data sets lie."""
+        ours, theirs = (
+            [(name, each.identity, each.tokens, each.dtype) for name, each in sorted(record.splits.items())]
+            for record in (self, other)
+        )
+        return (self.format, self.tokenizer_sha256, self.seq_len, ours) == (
+            other.format,
+            other.tokenizer_sha256,
+            other.seq_len,
+            theirs,
+        )
+
+
+def load_export(folder: Path) -> ExportRecord | None:
+    """Load the record of an export; None if the directory has none.
+
+    Raises:
+        DataRootError: it cannot be read, is not ours, or was changed.
+    """
+    return load_record(folder / EXPORT, ExportRecord)
+
+
+class OutputFile:
+    """A file that is being written; its SHA-256 is made on a thread meanwhile."""
+
+    def __init__(self, file: atomic.AtomicFile, hashing: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._hashing = hashing
+        self._sha256 = hashlib.sha256()
+        self._hashed: Future[None] | None = None
+        self.nbytes = 0
+
+    def write(self, data: bytes | memoryview | NDArray[Any]) -> int:
+        """Write bytes, or the bytes of an array. They must not change afterwards."""
+        view = memoryview(data.data if not isinstance(data, bytes | memoryview) else data).cast("B")
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._hashing.submit(self._sha256.update, view)
+        self._file.write(view)
+        self.nbytes += len(view)
+        return len(view)
+
+    def digest(self) -> str:
+        """SHA-256 of all that was written."""
+        if self._hashed is not None:
+            self._hashed.result()
+        return self._sha256.hexdigest()
+
+
+class ByteSink(io.RawIOBase):
+    """A file that is being written, as libraries write files: what they hand over may change afterwards."""
+
+    def __init__(self, file: OutputFile) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        return self._file.write(bytes(data))
+
+
+class Output:
+    """Fills the directory of an export.
+
+    Args:
+        folder: the directory; made if it does not exist.
+        record: of the export; files that an earlier run finished are in it.
+        copy: whether files are never linked.
+    """
+
+    def __init__(self, folder: Path, record: ExportRecord, *, copy: bool) -> None:
+        self.folder = folder
+        self.record = record
+        self._copy = copy
+        for partial in folder.rglob(f"*{layout.PARTIAL_SUFFIX}"):
+            with atomic.translate_write_errors(partial):
+                partial.unlink()
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._hashing.shutdown()
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier run finished a file."""
+        done = self.record.files.get(name)
+        path = self.folder / name
+        return done is not None and path.is_file() and path.stat().st_size == done.nbytes
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[OutputFile]:
+        """Write a file, which gets its name at the end.
+
+        Raises:
+            StorageError: the disk is full, or cannot be written.
+        """
+        path = self.folder / name
+        with atomic.translate_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.AtomicFile(path) as file:
+            output = OutputFile(file, self._hashing)
+            yield output
+            written = WrittenFile(output.nbytes, output.digest())
+        self._note(name, written)
+
+    def link(self, source: Path, name: str, sha256: str) -> bool:
+        """Give a file that is there a second name, if the file system can; `sha256` is what it must hold."""
+        path = self.folder / name
+        if self._copy:
+            return False
+        with atomic.translate_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(source, path)
+            except OSError as error:
+                if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES):
+                    return False
+                raise
+        self._note(name, WrittenFile(path.stat().st_size, sha256, linked=True))
+        return True
+
+    def _note(self, name: str, written: WrittenFile) -> None:
+        self.record.files[name] = written
+        self.save()
+
+    def save(self) -> None:
+        """Store the record."""
+        save_export(self.folder, self.record)
+
+    def require_as_written(self) -> None:
+        """Read every file again.
+
+        Raises:
+            StorageError: one does not hold what was written.
+        """
+        for name, written in self.record.files.items():
+            path = self.folder / name
+            with atomic.translate_read_errors(path), path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != written.sha256:
+                raise StorageError(
+                    f"{path}: expected what was written, sha256 {written.sha256}, found {found}",
+                    next_step="check the disk; delete the directory, and run the same command again",
+                )
+
+
+def save_export(folder: Path, record: ExportRecord) -> None:
+    """Replace the record atomically."""
+    atomic.write_whole(folder / EXPORT, encode(record))
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Refuse what will not fit.
+
+    Raises:
+        StorageError: the disk is too small.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise StorageError(
+            f"{folder}: the disk cannot hold it: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            next_step="make room, or choose another directory",
+        )
+
+
+def require_foreign_to_none(folder: Path) -> None:
+    """Require that a directory is new or empty.
+
+    Raises:
+        ExportError: it holds something that is no export.
+    """
+    ours = (layout.LOCK, EXPORT + layout.PARTIAL_SUFFIX)  # of a run that was killed at once
+    if folder.exists() and (not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())):
+        raise ExportError(f"{folder}: holds something that is no export", next_step="choose another directory")
