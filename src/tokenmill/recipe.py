@@ -51,15 +51,20 @@ class MetadataColumn(NamedTuple):
         """Return what `[NAME=]PATH[:TYPE]` means.
 
         Raises:
-            ValueError: nothing.
+            ValueError: it means nothing.
         """
-        rest, _, kind = text.rpartition(":")
-        if not rest or kind not in _KINDS:
+        rest, colon, kind = text.rpartition(":")
+        if not colon:
             rest, kind = text, "string"
-        name, _, path = rest.rpartition("=")
-        if not all(path.split(".")) or (not name and "=" in rest):
-            raise ValueError(f"metadata column {text!r}: expected [NAME=]PATH[:{'|'.join(_KINDS)}]")
-        return cls(name or path, path, kind)
+        name, equals, path = rest.partition("=")
+        if not equals:
+            path = name
+        if kind not in _KINDS or not name or not path:
+            raise ValueError(
+                f"metadata column {text!r}: expected [NAME=]PATH[:TYPE] with TYPE one of {', '.join(_KINDS)}, which a "
+                "name with a colon needs"
+            )
+        return cls(name, path, kind)
 
     def __str__(self) -> str:
         return f"{self.name}={self.path}:{self.kind}"
@@ -121,10 +126,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if column.name.lower() in SIDECAR_COLUMNS:
                 raise ValueError(
                     f"metadata column {column.path!r}: the sidecar has a column {column.name!r} of its own: give it "
-                    f"another name, such as doc_{column.name}={column.path}"
+                    f"another name, such as doc_{column.name}={column.path}:{column.kind}"
                 )
             if column.name.lower() in taken:
-                raise ValueError(f"metadata column {column.name!r} is named twice")
+                raise ValueError(f"metadata column {column.name!r} is named twice (case is ignored): rename one")
             taken.add(column.name.lower())
 
     @property

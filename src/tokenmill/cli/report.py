@@ -283,7 +283,9 @@ def place_lines(place: Provenance) -> list[str]:
 def _identity(part: DocumentSlice) -> str:
     """Return the hash of a document's text and its metadata, as far as they are known."""
     hashed = f", text_xxh3 {part.text_xxh3}" if part.text_xxh3 else ""
-    return hashed + "".join(f", {name} {json.dumps(value)}" for name, value in part.metadata.items())
+    return hashed + "".join(
+        f", {name} {json.dumps(value, ensure_ascii=False)}" for name, value in part.metadata.items()
+    )
 
 
 def _origin(part: DocumentSlice) -> str:

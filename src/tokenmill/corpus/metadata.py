@@ -82,6 +82,7 @@ class ArrowMetadata:
         self._paths = [_find(name, schema, column) for column in columns]
         self.paths = [".".join(path) for path in self._paths if path]
         """Of the columns that are there, as parquet names its leaves."""
+        self.is_nested = any(len(path) > 1 for path in self._paths)
 
     def read(self, batch: pa.RecordBatch) -> tuple[pa.Table, dict[int, str]]:
         """Return the metadata of some rows, and which of them have a value that cannot be stored, and why.
@@ -116,9 +117,13 @@ def _find(name: str, schema: pa.Schema, column: MetadataColumn) -> list[str]:
     for depth, part in enumerate(path[1:], 1):
         if not pa.types.is_struct(kind):
             raise _wrong_type(name, ".".join(path[:depth]), "a struct", kind)
-        if kind.get_field_index(part) < 0:
+        indices = kind.get_all_field_indices(part)
+        if len(indices) > 1:
+            inside = ".".join(path[:depth])
+            raise SourceError(f"{name}: two fields of {inside!r} are called {part!r}", next_step=_NEXT_STEP)
+        if not indices:
             return []
-        kind = kind.field(part).type
+        kind = kind.field(indices[0]).type
     if not (pa.types.is_null(kind) or _KINDS[column.kind].is_arrow(kind)):
         raise _wrong_type(name, column.path, column.kind, kind)
     return path
@@ -145,13 +150,15 @@ def require_sound(values: pa.Array) -> None:
     values.view(_AS_BYTES.get(values.type, values.type)).validate(full=True)
 
 
+_LARGE = {pa.string(): pa.large_string(), pa.string_view(): pa.large_string()}
 _AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
 def _stored(values: pa.Array, column: MetadataColumn) -> tuple[pa.Array, dict[int, str]]:
     """Return values in the type they are stored in; those that it cannot hold are null, and named."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+    if pa.types.is_dictionary(values.type):  # together the values may have more than 2 GB
+        large = values.dictionary.cast(_LARGE.get(values.dictionary.type, values.dictionary.type))
+        values = pa.DictionaryArray.from_arrays(values.indices, large).dictionary_decode()
     try:
         cast = values.cast(pa.type_for_alias(column.arrow_type))
         cast.validate(full=True)
@@ -162,12 +169,19 @@ def _stored(values: pa.Array, column: MetadataColumn) -> tuple[pa.Array, dict[in
         bad: dict[int, str] = {}
         for row, value in enumerate(values.to_pylist()):
             try:
-                kept.append(_checked(value.decode() if isinstance(value, bytes) else value, column))
+                kept.append(_checked(_decoded(value) if isinstance(value, bytes) else value, column))
             except ValueError as error:
                 kept.append(None)
                 bad[row] = f"metadata column {column.path!r}: {error}"
         return pa.array(kept, pa.type_for_alias(column.arrow_type)), bad
     return cast, {}
+
+
+def _decoded(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8: byte 0x{value[error.start]:02x}") from None
 
 
 def _checked(value: object, column: MetadataColumn) -> object:
@@ -181,8 +195,10 @@ def _checked(value: object, column: MetadataColumn) -> object:
         return None
     if not isinstance(value, kind.python) or (isinstance(value, bool) and column.kind != "bool"):
         raise ValueError(f"expected {column.kind}, found {type(value).__name__}")
-    if isinstance(value, str):
-        value.encode()  # halves of surrogate pairs raise a ValueError
+    if isinstance(value, str) and (half := next((c for c in value if "\ud800" <= c <= "\udfff"), None)):
+        if half >= "\udc80" and half <= "\udcff":  # a byte, as Python reads text that is not UTF-8
+            raise ValueError(f"not valid UTF-8: byte 0x{ord(half) - 0xDC00:02x}")
+        raise ValueError(f"half of a surrogate pair, \\u{ord(half):04x}, alone")
     if column.kind == "int64" and value not in _INT64:
         raise ValueError(f"expected {column.kind}, found {value}")
     if column.kind == "float64":

@@ -152,8 +152,9 @@ class ParquetFile:
         for group in range(self._metadata.num_row_groups):
             groups.append(group)
             rows += self._metadata.row_group(group).num_rows
-            nbytes += self._chunk(group, self.column).total_uncompressed_size
+            nbytes += sum(self._chunk(group, path).total_uncompressed_size for path in self.paths)
             enough = rows >= self._span_rows if self._span_rows else nbytes >= TEXT_NBYTES
+            enough = enough or self.metadata.is_nested  # Arrow cannot join nested dictionaries of several row groups
             if enough or group == self._metadata.num_row_groups - 1:
                 if rows:
                     spans = max(1, round(nbytes / TEXT_NBYTES), -(-rows // MAX_ROWS))

@@ -31,7 +31,7 @@ class Span(NamedTuple):
     unit: int
     """Which run of row groups, or which stretch of the file, holds it."""
     text_nbytes: int = 0
-    """About the size of its text."""
+    """About the size of its text, and of its metadata."""
 
 
 class Texts(NamedTuple):
@@ -147,10 +147,10 @@ def check_text_column(name: str, schema: pa.Schema, column: str) -> None:
         )
 
 
-def too_large(name: str, row: int, found: str, limit: int) -> SourceError:
+def too_large(name: str, row: int, found: str, limit: int, what: str = "a document") -> SourceError:
     """Return a document that is larger than `max_document_nbytes`."""
     return SourceError(
-        f"{name}: row {row}: expected a document of at most {limit} bytes, found {found}",
+        f"{name}: row {row}: expected {what} of at most {limit} bytes, found {found}",
         next_step="mend or exclude the file, or raise the limit with --max-document-size",
     )
 
@@ -161,16 +161,16 @@ def refuse_large(name: str, texts: Texts, first_row: int, limit: int) -> None:
     Raises:
         SourceError: one is.
     """
-    _refuse_large(name, texts.array, first_row, limit)
+    _refuse_large(name, texts.array, first_row, limit, "a document")
     if texts.metadata is not None:
-        for column in texts.metadata.columns:
+        for column_name, column in zip(texts.metadata.column_names, texts.metadata.columns, strict=True):
+            row = first_row
             for chunk in column.chunks if pa.types.is_large_string(column.type) else ():
-                _refuse_large(name, chunk, first_row, limit)
-                first_row += len(chunk)
-            first_row -= len(column)
+                _refuse_large(name, chunk, row, limit, f"a value of {column_name!r}")
+                row += len(chunk)
 
 
-def _refuse_large(name: str, texts: pa.Array, first_row: int, limit: int) -> None:
+def _refuse_large(name: str, texts: pa.Array, first_row: int, limit: int, what: str) -> None:
     if texts.nbytes <= limit and not pa.types.is_dictionary(texts.type) and not pa.types.is_null(texts.type):
         return
     held = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
@@ -184,7 +184,7 @@ def _refuse_large(name: str, texts: pa.Array, first_row: int, limit: int) -> Non
         at = pc.index(sizes, largest).as_py()
         if pa.types.is_dictionary(texts.type):
             at = pc.index(texts.indices, at).as_py()
-        raise too_large(name, first_row + max(0, at), f"{largest} bytes", limit)
+        raise too_large(name, first_row + max(0, at), f"{largest} bytes", limit, what)
 
 
 def first_line(error: Exception) -> str:

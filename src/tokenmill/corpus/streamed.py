@@ -373,9 +373,12 @@ def _leniently(line: bytes) -> Any:
         return None
 
 
-def _number(digits: str) -> float:
-    """Return a number, which may have more digits than Python converts to an integer."""
-    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
+class _LongInteger:
+    """An integer of more digits than any type has, and than Python converts at once; no value of metadata."""
+
+
+def _number(digits: str) -> object:
+    return int(digits) if len(digits) < _MOST_DIGITS else _LongInteger()
 
 
 def _refuse_surrogates(text: str) -> None:
@@ -454,11 +457,9 @@ class ArrowFile(StreamedFile[Texts]):
                     piece = texts.slice(at, min(rows, self._span_rows))
                     end = at + len(piece)
                     reasons = {row - at: reason for row, reason in bad.items() if at <= row < end}
-                    yield (
-                        len(piece),
-                        piece.nbytes,
-                        Texts(piece, reasons, None if table is None else table.slice(at, len(piece))),
-                    )
+                    of_piece = None if table is None else table.slice(at, len(piece))
+                    nbytes = piece.nbytes + (0 if of_piece is None else of_piece.nbytes)
+                    yield len(piece), nbytes, Texts(piece, reasons, of_piece)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         is_file = self._raw.read(6) == b"ARROW1"

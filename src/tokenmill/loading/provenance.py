@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,6 +188,11 @@ def _id_of(found: DataRoot | OpenView, sample: int) -> str | None:
     return f"{int(found.sample_ids()[sample]):016x}"
 
 
+def _readable(value: object) -> object:
+    """Return a value as JSON has it, which has no word for numbers that are none, or have no end."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[DocumentSlice]:
     def slice_of(document: Document) -> DocumentSlice:
         first, last = max(begin, document.start), min(end, document.start + document.tokens)
@@ -199,7 +205,7 @@ def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[D
             last - document.start,
             document.tokens,
             None if document.text_xxh3 is None else f"{document.text_xxh3:016x}",
-            dict(document.metadata),
+            {name: _readable(value) for name, value in document.metadata.items()},
         )
 
     return [slice_of(document) for document in found.documents().between(begin, end)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -24,6 +25,8 @@ from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.token_sink import TokenSink
 
 DOCUMENTS_ROW_GROUP = 1 << 18
+_METADATA_NBYTES = 64 << 20
+"""Strings of metadata that end a row group earlier."""
 
 
 class ShardWriter:
@@ -144,6 +147,8 @@ class Documents:
         self._waiting: list[NDArray[np.int64]] = []
         self._metadata: list[pa.Table] = []
         """Of the documents that wait, if there is any."""
+        self._sizes: NDArray[np.int64] = np.empty(0, np.int64)
+        """Bytes of its strings, by document."""
         self._waiting_rows = 0
         self.count = 0
 
@@ -152,10 +157,18 @@ class Documents:
         self._waiting.append(documents)
         if metadata is not None:
             self._metadata.append(metadata)
+            self._sizes = np.append(self._sizes, _string_nbytes(metadata))
         self.count += documents.shape[1]
         self._waiting_rows += documents.shape[1]
-        while self._waiting_rows >= DOCUMENTS_ROW_GROUP:
-            self._write(DOCUMENTS_ROW_GROUP)
+        while rows := self._whole_group():
+            self._write(rows)
+
+    def _whole_group(self) -> int:
+        """Return the rows of the next row group, 0 if it is not whole: decided by the documents, not by blocks."""
+        ends = np.cumsum(self._sizes[:DOCUMENTS_ROW_GROUP])
+        if len(ends) and ends[-1] >= _METADATA_NBYTES:
+            return int(np.searchsorted(ends, _METADATA_NBYTES)) + 1
+        return DOCUMENTS_ROW_GROUP if self._waiting_rows >= DOCUMENTS_ROW_GROUP else 0
 
     def _write(self, rows: int) -> None:
         """Write the first `rows` documents that wait: where row groups end must not depend on blocks."""
@@ -169,6 +182,7 @@ class Documents:
             metadata = pa.concat_tables(self._metadata)
             columns |= {name: metadata[name].slice(0, rows) for name in metadata.column_names}
             self._metadata = [metadata.slice(rows)]
+            self._sizes = self._sizes[rows:]
         table = pa.table({name: columns[name] for name in self._schema.names}).cast(self._writer.schema)
         self._writer.write_table(table, row_group_size=rows)
         self._waiting = [waiting[:, rows:]]
@@ -182,6 +196,14 @@ class Documents:
         data = memoryview(self._sink.getvalue())
         write_whole(self._path, data, self._tag)
         return hashlib.sha256(data).hexdigest()
+
+
+def _string_nbytes(metadata: pa.Table) -> NDArray[np.int64]:
+    sizes = np.zeros(len(metadata), np.int64)
+    for column in metadata.columns:
+        if pa.types.is_large_string(column.type):
+            sizes += pc.fill_null(pc.binary_length(column), 0).to_numpy()
+    return sizes
 
 
 def tally(rows: EmittedRows) -> list[Count]:

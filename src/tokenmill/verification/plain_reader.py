@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenmill.corpus.choice import format_of
@@ -53,8 +53,12 @@ class PlainRow(NamedTuple):
         return value is None or (isinstance(value, float) and column.kind == "float64")
 
 
-_UNREADABLE = object()
-"""A value that is no value."""
+class _Unreadable:
+    def __repr__(self) -> str:
+        return "a value that cannot be stored"
+
+
+_UNREADABLE = _Unreadable()
 
 
 def _as_float(value: int) -> float:
@@ -64,7 +68,7 @@ def _as_float(value: int) -> float:
 def read_rows(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) -> Iterator[PlainRow]:
     """Return all rows of a file, bad ones as null; rows that are not wanted may be null as well."""
     kind, column = format_of(path), corpus.text_column
-    roots = {name for each in corpus.metadata for name in (each.path, each.path.split(".")[0])}
+    paths = [each.path for each in corpus.metadata]
     if kind == "parquet":
         with pq.ParquetFile(data, page_checksum_verification=True) as file:
             first = 0
@@ -74,9 +78,10 @@ def read_rows(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) 
                     yield from itertools.repeat(PlainRow(None), rows)
                     first += rows
                     continue
+                roots = {root for path in paths for root in (path, path.split(".")[0])}
                 there = [column, *sorted(roots & set(file.schema_arrow.names))]
                 for batch in file.iter_batches(8192, row_groups=[group], columns=there):
-                    yield from _rows_of(batch, column, roots, wanted, first)
+                    yield from _rows_of(batch, column, paths, wanted, first)
                     first += len(batch)
         return
     if kind == "arrow":
@@ -88,7 +93,7 @@ def read_rows(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) 
             chunk = batch.column(column)
             binary = chunk if pa.types.is_dictionary(chunk.type) else chunk.view(_AS_BYTES.get(chunk.type, chunk.type))
             binary.validate(full=True)
-            yield from _rows_of(batch, column, roots, wanted, first)
+            yield from _rows_of(batch, column, paths, wanted, first)
             first += len(batch)
         return
     packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
@@ -111,12 +116,25 @@ def read_rows(data: pa.NativeFile, path: str, corpus: Corpus, wanted: set[int]) 
 _AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
-def _rows_of(batch: pa.RecordBatch, column: str, roots: set[str], wanted: set[int], first: int) -> Iterator[PlainRow]:
+def _rows_of(batch: pa.RecordBatch, column: str, paths: list[str], wanted: set[int], first: int) -> Iterator[PlainRow]:
     """Yield the rows of a batch whose first one is row `first` of the file."""
-    there = sorted(roots & set(batch.schema.names))
+    leaves = {path: _leaf(batch, path) for path in paths}
     for at, text in enumerate(_texts_of(batch.column(batch.schema.get_field_index(column)))):
         is_wanted = first + at in wanted
-        yield PlainRow(text, {name: _value(batch.column(name)[at]) for name in there} if is_wanted else {})
+        yield PlainRow(text, {path: _value(leaf[at]) for path, leaf in leaves.items()} if is_wanted else {})
+
+
+def _leaf(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """Return the values at a path, all null if there are none."""
+    names = [path] if path in batch.schema.names else path.split(".")
+    if names[0] not in batch.schema.names:
+        return pa.nulls(len(batch))
+    found = batch.column(names[0])
+    for name in names[1:]:
+        if found.type.get_field_index(name) < 0:
+            return pa.nulls(len(batch))
+        found = pc.struct_field(found, [name])
+    return found
 
 
 def _value(scalar: pa.Scalar) -> object:
@@ -148,5 +166,5 @@ def _json_row(line: bytes, field: str) -> PlainRow:
         return PlainRow(None)
 
 
-def _integer(digits: str) -> float:
-    return int(digits) if len(digits) < 400 else math.inf  # Python converts no more than 4,300
+def _integer(digits: str) -> object:
+    return int(digits) if len(digits) < 400 else _UNREADABLE  # Python converts no more than 4,300

@@ -42,13 +42,16 @@ def metadata_columns(opened: OpenView) -> tuple[str, ...]:
         DataRootError: sources have columns of the same name and of different types.
     """
     kinds: dict[str, str] = {}
+    named: dict[str, tuple[str, str]] = {}
     for source, root in zip(opened.view.sources, opened.sources, strict=True):
         for column in root.manifest.recipe.metadata if root.manifest is not None else ():
-            if kinds.setdefault(column.name, column.kind) != column.kind:
+            kinds.setdefault(column.name, column.kind)
+            name, first = named.setdefault(column.name.lower(), (column.name, source.name))
+            if (name, kinds[name]) != (column.name, column.kind):
                 raise DataRootError(
-                    f"{opened.root}: metadata column {column.name!r} is {kinds[column.name]} in one source and "
-                    f"{column.kind} in {source.name!r}",
-                    next_step="make one of the data roots again with another name or type for it",
+                    f"{opened.root}: metadata column {name!r} is {kinds[name]} in the source {first!r}, and "
+                    f"{column.name!r} is {column.kind} in {source.name!r}",
+                    next_step="make one of the data roots again with the same name and type, or with another name",
                 )
     return tuple(f"{name}={name}:{kind}" for name, kind in kinds.items())
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tokenmill.errors import RecipeError
 
-_NOT_CONDITIONS = re.compile(
-    r"\b(select|values|union|intersect|except|pivot|pragma|table|__row)\b|\(\s*(from|with)\b", re.I
-)
+_NOT_CONDITIONS = re.compile(r"\b(select|values|union|intersect|except|pivot|pragma|table)\b|\(\s*(from|with)\b", re.I)
 """Words of queries. A condition is asked of each sidecar, and says nothing of other documents."""
+_ROW = "row=number"
+"""A name that no metadata column can have."""
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.S)
 
 
@@ -89,8 +89,8 @@ class Condition:
         Raises:
             RecipeError: it is not a condition over the columns.
         """
-        numbered = table.append_column("__row", pa.array(np.arange(len(table))))
-        query = f"SELECT __row FROM documents WHERE (\n{self._text}\n)"
+        numbered = table.append_column(_ROW, pa.array(np.arange(len(table))))
+        query = f'SELECT "{_ROW}" FROM documents WHERE (\n{self._text}\n)'
         try:
             self._refuse_several(query)
             self._connection.register("documents", numbered)
@@ -107,7 +107,7 @@ class Condition:
 
     def _ask(self, query: str) -> NDArray[np.int64]:
         """Return the rows that a query gives; asked on a thread, as DuckDB loses what a signal's handler raises."""
-        answer = self._thread.submit(lambda: self._connection.execute(query).fetchnumpy()["__row"])
+        answer = self._thread.submit(lambda: self._connection.execute(query).fetchnumpy()[_ROW])
         try:
             found: NDArray[np.int64] = answer.result()
         except BaseException:
