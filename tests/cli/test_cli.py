@@ -65,7 +65,16 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("stats") == ["--order", *as_json]
     assert flags("receipts") == as_json
     assert flags("show") == ["--sample", "--ids", *as_json]
-    assert flags("where") == ["--sample", "--token", "--sample-id", "--source", "--row", *as_json]
+    assert flags("where") == [
+        "--sample",
+        "--token",
+        "--sample-id",
+        "--source",
+        "--row",
+        "--trainer",
+        "--position",
+        *as_json,
+    ]
     assert flags("demo") == workers
     assert flags("export") == ["--to", "--split", "--copy", "--dry-run", *quiet, *as_json]
     views = cli.commands["view"].commands

@@ -27,9 +27,10 @@ from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.cli.interchange import FORMATS as FORMAT_NAMES
 from tokenmill.dataroot import layout
-from tokenmill.interchange import huggingface, litdata, llmc, mds
+from tokenmill.interchange import huggingface, litdata, llmc, mds, position
 from tokenmill.interchange.export import FORMATS, export, plan_export
 from tokenmill.interchange.output import EXPORT
+from tokenmill.interchange.position import POSITIONS
 from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.view import open_root
 from tokenmill.pipeline.pretokenize import pretokenize
@@ -209,7 +210,7 @@ def test_every_format_has_a_name_and_a_reader() -> None:
 
 
 SMALL = {
-    (llmc, "_SHARD_TOKENS"): 300,
+    (llmc, "FILE_TOKENS"): 300,
     (mds, "_SHARD_NBYTES"): 8192 + 500,
     (litdata, "_CHUNK_NBYTES"): 400,
     (huggingface, "_FILE_NBYTES"): 1_600,
@@ -301,6 +302,55 @@ def test_killed_at_any_step_it_goes_on(roots: dict[str, Path], tmp_path: Path, t
         assert contents(out) == wanted
         if died.returncode == 0:
             return
+
+
+@pytest.mark.parametrize("name", ["joined", "cut", "view"])
+@pytest.mark.parametrize("to", FORMAT_NAMES)
+def test_a_position_of_a_trainer_leads_back_to_file_and_row(
+    roots: dict[str, Path], tmp_path: Path, name: str, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position: the tokens that the trainer has there are those of the documents that are named."""
+    for module in (llmc, position):
+        monkeypatch.setattr(module, "FILE_TOKENS", 300)
+    export(roots[name], tmp_path / "out", to)
+    found, length = READERS[to](tmp_path / "out", "train"), open_root(roots[name]).seq_len
+    whole = expected(roots[name])
+    ends = np.cumsum(whole.lengths)
+
+    def check(at: str, tokens: list[int]) -> None:
+        place = position.where_trainer(roots[name], to, at)
+        parts = []
+        for part in place.documents:
+            number = int(np.searchsorted(ends, part.begin, side="right"))
+            assert whole.more[number][:2] == (part.source, part.row)
+            begin = int(ends[number] - whole.lengths[number])
+            assert (part.document_begin, part.document_end) == (part.begin - begin, part.end - begin)
+            parts += whole.tokens[part.begin : part.end].tolist()
+        assert parts == tokens
+
+    tokens = found.tokens.tolist()
+    if to in ("megatron", "parquet"):
+        bounds = np.cumsum([0, *found.lengths]).tolist()
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            check(str(number), tokens[begin:end])
+            check(f"{number}:{end - begin - 1}", tokens[end - 1 : end])
+    elif to in ("mds", "litdata", "datatrove"):
+        length += to == "datatrove"
+        for number in range(len(tokens) // length):
+            check(str(number), tokens[number * length : (number + 1) * length])
+            check(f"{number}:3", tokens[number * length + 3 : number * length + 4])
+    elif to == "llmc":
+        for at in range(1, len(tokens), 7):
+            check(f"{at // 300}:{at % 300}", tokens[at : at + 1])
+    else:
+        for at in range(0, len(tokens), 7):
+            check(str(at), tokens[at : at + 1])
+    for wrong in ("", "x", "1:x", "-1", "1:2:3", str(1 << 40)):
+        with pytest.raises(errors.QueryError, match="position"):
+            position.where_trainer(roots[name], to, wrong if to != "llmc" or wrong else "7")
+    if name == "joined":
+        result = run_cli("where", roots[name], "--trainer", to, "--position", "0:1" if ":" in POSITIONS[to] else "1")
+        assert (result.returncode, "row" in result.stdout) == (0, True), result.stderr
 
 
 def test_refusals(roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tokenmill.cli.console import print_result
+from tokenmill.cli.interchange import FORMATS
 from tokenmill.cli.options import Count, combine, data_root_argument, json_option, store_options
 from tokenmill.options import StoreOptions
 
@@ -54,6 +55,13 @@ def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None
 @click.option("--sample-id", metavar="HEX", help="Id of a sample, as 16 hexadecimal digits.")
 @click.option("--source", metavar="FILE", help="A source file, as the manifest lists it; requires --row.")
 @click.option("--row", type=Count(0), metavar="R", help="Number of a row of that file, from 0.")
+@click.option("--trainer", type=click.Choice(FORMATS), help="Trainer that reads an export of the data set.")
+@click.option(
+    "--position",
+    metavar="N[:OFFSET]",
+    help="Where it is: document (megatron), row (parquet), sample (mds), block (litdata) or window (datatrove), and, if "
+    "one token is meant, its offset; for others the token, for llmc FILE:TOKEN.",
+)
 @json_option
 def where(
     data_root: Path,
@@ -63,21 +71,28 @@ def where(
     sample_id: str | None,
     source: str | None,
     row: int | None,
+    trainer: str | None,
+    position: str | None,
     as_json: bool,
 ) -> None:
     """Find where a sample or a token comes from, or which samples hold a row of a source file.
+
+    With --trainer: where the tokens come from at which a trainer that reads an export is (docs/trainers.md).
 
     \b
     Examples:
       tokenmill where data/ --sample 17
       tokenmill where data/ --source part-00003.parquet --row 12
+      tokenmill where data/ --trainer megatron --position 17:200
     """
     from tokenmill.cli import report
     from tokenmill.loading import provenance
 
-    given = [option is not None for option in (sample, token, sample_id, source)]
-    if sum(given) != 1 or (source is None) != (row is None):
-        raise click.UsageError("give one of --sample, --token, --sample-id, or --source with --row")
+    given = [option is not None for option in (sample, token, sample_id, source, trainer)]
+    if sum(given) != 1 or (source is None) != (row is None) or (trainer is None) != (position is None):
+        raise click.UsageError(
+            "give one of --sample, --token, --sample-id, --source with --row, or --trainer with --position"
+        )
     if source is not None and row is not None:
         samples = provenance.where_row(data_root, source, row)
         print_result(samples, report.samples_lines(samples), as_json=as_json)
@@ -86,6 +101,10 @@ def where(
         places = [provenance.where_sample(data_root, sample)]
     elif token is not None:
         places = [provenance.where_token(data_root, token)]
+    elif trainer is not None and position is not None:
+        from tokenmill.interchange.position import where_trainer
+
+        places = [where_trainer(data_root, trainer, position)]
     else:
         places = provenance.where_sample_id(data_root, str(sample_id))
     print_result(places, [line for place in places for line in report.place_lines(place)], as_json=as_json)

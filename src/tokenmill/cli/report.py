@@ -273,7 +273,7 @@ def info_lines(found: Info) -> list[str]:
 
 def place_lines(place: Provenance) -> list[str]:
     """Return tokens and the documents they come from."""
-    sample = "after the last whole sample" if place.sample is None else f"sample {place.sample:,}"
+    sample = "in no single whole sample" if place.sample is None else f"sample {place.sample:,}"
     known = f", id {place.sample_id}" if place.sample_id else ""
     span = f"token {place.begin:,}" if place.end == place.begin + 1 else f"tokens {place.begin:,} to {place.end - 1:,}"
     origins = [f"  {_origin(part)}{_identity(part)}" for part in place.documents]

@@ -20,7 +20,7 @@ from tokenmill.interchange.output import Output
 KINDS = {2: (20240520, 1), 4: (20240801, 7)}
 """Magic and version by the size of a token."""
 HEADER_NBYTES = 1024
-_SHARD_TOKENS = 100_000_000
+FILE_TOKENS = 100_000_000
 """As in the scripts that come with llm.c."""
 
 
@@ -61,8 +61,8 @@ class LlmC:
 def _files(dataset: ExportedDataset) -> Iterator[tuple[int, int]]:
     """Yield the tokens of each file. There is one more than the data set has where its last document has no end."""
     tokens = dataset.tokens + (not dataset.ends_with_eos)
-    for begin in range(0, tokens, _SHARD_TOKENS):
-        yield begin, min(begin + _SHARD_TOKENS, tokens)
+    for begin in range(0, tokens, FILE_TOKENS):
+        yield begin, min(begin + FILE_TOKENS, tokens)
 
 
 class _Stream:

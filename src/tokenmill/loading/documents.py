@@ -113,6 +113,14 @@ class DocumentIndex:
                 del self._starts[next(iter(self._starts))]
             return starts
 
+    def document(self, number: int) -> Document:
+        """Return a document by its number in the stream."""
+        for shard, record in enumerate(self._shards):
+            if number < record.documents:
+                return documents_of(self.sidecar(shard).slice(number, 1))[0]
+            number -= record.documents
+        raise IndexError(number)
+
     def of_row(self, source: str, row: int) -> Document | None:
         """Return the document that a source row became; None if it became none."""
         for shard in range(len(self._shards)):

@@ -43,6 +43,7 @@ class Provenance(msgspec.Struct):
     """Tokens of the stream and the documents they belong to."""
 
     sample: int | None
+    """The sample that holds all of them; None if none does."""
     sample_id: str | None
     """As 16 hexadecimal digits of the integer; None where the data root is not consolidated."""
     begin: int
@@ -64,12 +65,17 @@ def where_sample(root: Path, sample: int) -> Provenance:
 
 def where_token(root: Path, token: int) -> Provenance:
     """Return where a token of the stream comes from; raises as `where_sample`."""
+    return where_range(root, token, token + 1)
+
+
+def where_range(root: Path, begin: int, end: int) -> Provenance:
+    """Return where tokens `begin` to before `end` of the stream come from; raises as `where_sample`."""
     found = open_root(root)
-    found.tokens().read(token, token + 1)  # raises for a token after the end
-    sample = token // found.seq_len
-    if sample >= found.tokens().tokens // found.seq_len:
-        return Provenance(None, None, token, token + 1, _document_slices(found, token, token + 1))
-    return Provenance(sample, _id_of(found, sample), token, token + 1, _document_slices(found, token, token + 1))
+    found.tokens().read(begin, end)  # raises for tokens after the end
+    sample = begin // found.seq_len
+    is_inside = (end - 1) // found.seq_len == sample < found.tokens().tokens // found.seq_len
+    number, name = (sample, _id_of(found, sample)) if is_inside else (None, None)
+    return Provenance(number, name, begin, end, _document_slices(found, begin, end))
 
 
 def where_sample_id(root: Path, sample_id: str) -> list[Provenance]:
