@@ -309,7 +309,7 @@ def test_killed_at_any_step_it_goes_on(roots: dict[str, Path], tmp_path: Path, t
 def test_a_position_of_a_trainer_leads_back_to_file_and_row(
     roots: dict[str, Path], tmp_path: Path, name: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every position: the tokens that the trainer has there are those of the documents that are named."""
+    """Every document, sample and window (of views, some): what the trainer has there is of the documents named."""
     for module in (llmc, position):
         monkeypatch.setattr(module, "FILE_TOKENS", 300)
     export(roots[name], tmp_path / "out", to)
@@ -333,17 +333,19 @@ def test_a_position_of_a_trainer_leads_back_to_file_and_row(
         bounds = np.cumsum([0, *found.lengths]).tolist()
         for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
             check(str(number), tokens[begin:end])
-            check(f"{number}:{end - begin - 1}", tokens[end - 1 : end])
+            if number % 9 == 0:
+                check(f"{number}:{end - begin - 1}", tokens[end - 1 : end])
     elif to in ("mds", "litdata", "datatrove"):
         length += to == "datatrove"
-        for number in range(len(tokens) // length):
+        for number in range(0, len(tokens) // length, 7 if name == "view" else 1):
             check(str(number), tokens[number * length : (number + 1) * length])
-            check(f"{number}:3", tokens[number * length + 3 : number * length + 4])
+            if number % 9 == 0:
+                check(f"{number}:3", tokens[number * length + 3 : number * length + 4])
     elif to == "llmc":
-        for at in range(1, len(tokens), 7):
+        for at in range(1, len(tokens), 61):
             check(f"{at // 300}:{at % 300}", tokens[at : at + 1])
     else:
-        for at in range(0, len(tokens), 7):
+        for at in range(0, len(tokens), 61):
             check(str(at), tokens[at : at + 1])
     for wrong in ("", "x", "1:x", "-1", "1:2:3", str(1 << 40)):
         with pytest.raises(errors.QueryError, match="position"):

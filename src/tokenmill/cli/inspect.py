@@ -59,8 +59,8 @@ def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None
 @click.option(
     "--position",
     metavar="N[:OFFSET]",
-    help="Where it is: document (megatron), row (parquet), sample (mds), block (litdata) or window (datatrove), and, if "
-    "one token is meant, its offset; for others the token, for llmc FILE:TOKEN.",
+    help="Where it is: document (megatron), row (parquet), sample (mds), block (litdata) or window (datatrove), and, "
+    "if one token is meant, its offset; for others the token, for llmc FILE:TOKEN.",
 )
 @json_option
 def where(

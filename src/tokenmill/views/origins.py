@@ -93,24 +93,26 @@ class Origins:
         shutil.rmtree(folder, ignore_errors=True)
         with atomic.translate_write_errors(folder):
             folder.mkdir()
-            shape = (4, len(index.places))
+            shape = (3 + bool(columns), len(index.places))
             numbers = np.lib.format.open_memmap(folder / _NUMBERS, "w+", np.dtype("<i8"), shape)
             rank = 0
             first_files = first_file_of(opened)
             for catalogue, here, documents in documents_at(_sources(opened), index.places):
                 numbers[0, here], numbers[1, here] = documents.file + first_files[catalogue.name], documents.row
                 numbers[2, here] = documents.identity.view(np.int64)
-                numbers[3, here] = np.arange(rank, rank + len(here))
-                rank += len(here)
+                if columns:
+                    numbers[3, here] = np.arange(rank, rank + len(here))
+                    rank += len(here)
             numbers.flush()
             if columns:
                 _write_metadata(folder / _METADATA, opened, np.sort(index.places), metadata_schema(columns))
 
     def read(self, first: int, stop: int) -> Origin:
         """Return those of documents `first` to before `stop` of the view."""
-        file, row, identity, rank = np.array(self._numbers[:, first:stop])
+        file, row, identity, *ranks = np.array(self._numbers[:, first:stop])
         metadata = None
-        if self._tables:
+        if ranks:
+            (rank,) = ranks
             table = np.searchsorted(self._ends, rank, side="right")
             metadata = take_rows(self._tables, table, rank - self._begins[table])
         return Origin(file, row, identity.view(np.uint64), metadata)
