@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenmill.errors import TokenmillError as TokenmillError
     from tokenmill.interchange.export import export as export
     from tokenmill.interchange.export import plan_export as plan_export
+    from tokenmill.interchange.importing import import_data as import_data
     from tokenmill.loading.dataset import TokenDataset as TokenDataset
     from tokenmill.loading.receipts import Receipt as Receipt
     from tokenmill.loading.receipts import ReceiptWriter as ReceiptWriter
@@ -61,6 +62,7 @@ _HOMES = {
     "consolidate": "shards.consolidate",
     "download": "transfer.download",
     "export": "interchange.export",
+    "import_data": "interchange.importing",
     "load_receipt": "loading.receipts",
     "load_recipe": "recipe",
     "load_spec": "views.spec",
@@ -92,6 +94,7 @@ __all__ = [
     "consolidate",
     "download",
     "export",
+    "import_data",
     "load_receipt",
     "load_recipe",
     "load_spec",

@@ -44,7 +44,19 @@ def flags(name: str) -> list[str]:
 
 def test_commands_flags_and_names_are_frozen() -> None:
     assert sorted(cli.commands) == [
-        *("consolidate", "demo", "download", "export", "help", "info", "pretokenize", "receipts", "show", "stats"),
+        *(
+            "consolidate",
+            "demo",
+            "download",
+            "export",
+            "help",
+            "import",
+            "info",
+            "pretokenize",
+            "receipts",
+            "show",
+            "stats",
+        ),
         *("test-shard", "upload", "verify", "view", "where"),
     ]
     workers = ["--workers", "--num-proc"]
@@ -76,6 +88,8 @@ def test_commands_flags_and_names_are_frozen() -> None:
         *as_json,
     ]
     assert flags("demo") == workers
+    incoming = ["--from", "--split", "--tokenizer", "--eos-id", "--dtype", "--seq-len", "--shard-size"]
+    assert flags("import") == [*incoming, *quiet, *as_json]
     assert flags("export") == ["--to", "--split", "--copy", "--dry-run", *quiet, *as_json]
     views = cli.commands["view"].commands
     assert {name: [o for p in views[name].params for o in p.opts if o.startswith("-")] for name in views} == {
@@ -87,8 +101,18 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert tokenmill.__all__ == [
         *("EpochSampler", "Receipt", "ReceiptWriter", "Recipe", "Selection", "StoreOptions", "Summary"),
         *("TokenDataset", "TokenmillError", "ValidatorSampler", "ViewSource", "ViewSpec", "WindowSampler"),
-        *("buffer_order", "build_view", "check_receipt", "consolidate", "download", "export", "load_receipt"),
-        *("load_recipe", "load_spec", "merge", "plan_export", "plan_view", "pretokenize", "prove_disjoint", "tokenize"),
+        *("buffer_order", "build_view", "check_receipt", "consolidate", "download", "export", "import_data"),
+        *(
+            "load_receipt",
+            "load_recipe",
+            "load_spec",
+            "merge",
+            "plan_export",
+            "plan_view",
+            "pretokenize",
+            "prove_disjoint",
+            "tokenize",
+        ),
         *("upload", "verify"),
     ]
     for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time

@@ -1,13 +1,14 @@
-"""Commands of interchange: export."""
+"""Commands of interchange: export and import."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tokenmill.cli.console import RESUME, end_on_signals, print_result
-from tokenmill.cli.options import json_option
+from tokenmill.cli.console import RESUME, end_on_signals, log_to, print_result
+from tokenmill.cli.options import Count, json_option
 
 FORMATS = ("megatron", "nanogpt", "llmc", "olmo", "datatrove", "mds", "litdata", "parquet", "torchtitan")
 
@@ -62,3 +63,55 @@ def export(
             found = write(data_root, out, to, validation=validation, copy=copy)
     if as_json or not quiet:
         print_result(found, report.export_lines(found), as_json=as_json)
+
+
+@click.command("import", short_help="Make a data set of what others tokenized.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("data_root", type=click.Path(path_type=Path, file_okay=False), metavar="DATA_ROOT")
+@click.option(
+    "--from",
+    "kind",
+    required=True,
+    type=click.Choice([*FORMATS, "raw"]),
+    help="Format of the files; raw is .bin or .npy that are nothing but tokens.",
+)
+@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True, help="Files to take.")
+@click.option(
+    "--tokenizer",
+    metavar="PATH|NAME",
+    help="Tokenizer that made the tokens.  [default: as export.json says, where tokenmill made the files]",
+)
+@click.option("--eos-id", type=int, metavar="ID", help="Id that ends a document.  [default: the tokenizer's own]")
+@click.option("--dtype", type=click.Choice(["uint16", "uint32"]), help="Type of a token, of files that do not say it.")
+@click.option("--seq-len", type=Count(1), default=2048, show_default=True, metavar="TOKENS", help="Tokens per sample.")
+@click.option(
+    "--shard-size", type=Count(1), default=1 << 28, metavar="TOKENS", help="Tokens per shard.  [default: 268435456]"
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing unless the command fails.")
+@json_option
+def import_(source: Path, data_root: Path, *, kind: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Make a data set in the directory DATA_ROOT of files that a trainer reads, such as those of a Megatron prefix.
+
+    Documents keep their bounds; where the format has none they are taken to end where their end token is, which is a
+    guess. Afterwards verify, views, consolidate, TokenDataset, export and upload work on it. After a crash, a kill or
+    Ctrl-C, run the same command again.
+
+    \b
+    Examples:
+      tokenmill import corpus_text_document data/ --from megatron --tokenizer llama2/
+      tokenmill import fineweb10B/ data/ --from llmc --eos-id 50256
+    """
+    from tokenmill.cli import report
+    from tokenmill.cli.progress import count_display
+    from tokenmill.dataroot import atomic
+    from tokenmill.interchange.importing import import_data
+
+    atomic.make_root(data_root)
+    log_to(data_root)
+    with (
+        end_on_signals(lambda: f"whole shards are kept in {data_root}; {RESUME}"),
+        count_display("tokens", quiet=quiet or as_json) as on_progress,
+    ):
+        found = import_data(source, data_root, kind, **options, on_progress=on_progress)
+    if as_json or not quiet:
+        print_result(found, report.import_lines(found), as_json=as_json)

@@ -30,7 +30,7 @@ Exit codes:
   0   done, or done already
   1   validation failed, verify found something, a receipt is wrong, or two views share a text
   2   wrong usage, recipe or view, no such sample, not a receipt, or a format that cannot hold it
-  3   the corpus cannot be read, cannot be reached, or changed
+  3   the corpus, or what is imported, cannot be read, cannot be reached, or changed
   4   the tokenizer cannot be loaded, or its backends disagree
   5   the data root is in use, foreign, of another recipe, or its records cannot be read
   6   the disk is full or cannot be written, or a bucket cannot be reached or used
@@ -102,6 +102,7 @@ for _command in (
     inspect.receipts,
     view.view,
     interchange.export,
+    interchange.import_,
     help_command,
 ):
     cli.add_command(_command)

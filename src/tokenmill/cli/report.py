@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
     from tokenmill.interchange.export import ExportReport
+    from tokenmill.interchange.importing import ImportReport
     from tokenmill.loading.info import Info
     from tokenmill.loading.order_quality import OrderQuality
     from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
@@ -485,3 +486,10 @@ def export_lines(found: ExportReport) -> list[str]:
         f"read by {found.reader.replace('OUT', found.out)}",
         f"\u2705 {found.out}: {found.format}, {_plural(len(found.files), 'file')}{linked}{status}",
     ]
+
+
+def import_lines(found: ImportReport) -> list[str]:
+    """Say what an import made."""
+    what = f"{_shards(found.shards)}, {_plural(found.tokens, 'token')}, {_plural(found.documents, 'document')}"
+    status = ": already complete" if found.status != "complete" else f", in {found.seconds:.1f} s"
+    return [*(f"note: {note}" for note in found.notes), f"\u2705 {found.root}: {what}{status}"]

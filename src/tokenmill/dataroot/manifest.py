@@ -134,6 +134,15 @@ class ViewOrigin(msgspec.Struct):
     """The pin of each source, by its name."""
 
 
+class ImportOrigin(msgspec.Struct):
+    """The files of others that a data root was imported from."""
+
+    format: str
+    source: str
+    is_guess: bool
+    """Whether documents end where EOS is, as the format does not say where they do."""
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """All of `manifest.json`."""
 
@@ -166,6 +175,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Of the documents sidecars; see `layout.DOCUMENTS_VERSION`."""
     view: ViewOrigin | None = None
     """What the data root was written from, if it was a view: `files` then have the documents taken as their rows."""
+    imported: ImportOrigin | None = None
+    """What the data root was imported from, if it was: `files` then are those files, and rows their documents."""
     skipped_sha256: str | None = None
     """SHA-256 of `skipped.jsonl`, set when the data set is complete and has one."""
     digests: dict[str, str] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import require_whole_documents, running, write_arrays, write_tokens
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import Output
 
 
@@ -42,6 +44,19 @@ class Datatrove:
             lines = [f"{dataset.tokenizer.name}|{dtype.itemsize}", str(dataset.tokens), _in_words(dataset.tokens)]
             with output.file(f"{stem}.metadata") as file:
                 file.write("\n".join(lines).encode())
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        paths = find_files(source, hints.split, "{split}/*.ds", "*.ds")
+        itemsize = _itemsize(paths[0], hints)
+        ends = [np.fromfile(f"{path}.index", "<u8").astype(np.int64) for path in paths]
+        return Tokens(whole_pieces(paths, itemsize), np.dtype(f"<u{itemsize}"), [np.diff(e, prepend=0) for e in ends])
+
+
+def _itemsize(path: Path, hints: Hints) -> int:
+    """Return the size of a token: as `.metadata` says, if it is there."""
+    metadata = Path(f"{path}.metadata")
+    size = metadata.read_text().split("\n")[0].rpartition("|")[2] if metadata.is_file() else ""
+    return int(size) if size in ("2", "4") else hints.itemsize(path)
 
 
 def _datatrove_dtype(dataset: ExportedDataset) -> np.dtype[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokenmill.errors import ExportError
 from tokenmill.interchange.dataset import ExportedDataset
+from tokenmill.interchange.incoming import Hints, Incoming
 from tokenmill.interchange.output import Output, OutputFile
 
 UINT16_IDS = 1 << 16
@@ -39,6 +41,14 @@ class Format(Protocol):
 
     def write(self, dataset: ExportedDataset, split: str, output: Output) -> None:
         """Write the files of a split (`train` or `val`) that are not there yet."""
+        ...
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        """Open files of this format, of whoever made them, to import them.
+
+        Raises:
+            ImportDataError: they are not there, or not of this format.
+        """
         ...
 
 

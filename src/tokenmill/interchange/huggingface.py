@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tokenmill.errors import ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import Bounds, require_short_documents, require_whole_documents, running
+from tokenmill.interchange.incoming import DocumentBlock, Hints, Incoming, find_files
 from tokenmill.interchange.output import ByteSink, Output, OutputFile
 
 _FILE_NBYTES = 1 << 30
@@ -53,6 +56,49 @@ class HuggingFace:
         if not output.is_done("README.md"):
             with output.file("README.md") as file:
                 file.write(_card(output.record.splits, dataset).encode())
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        name = _SPLITS[hints.split]
+        return _Rows(find_files(source, name, "data/{split}-*.parquet", "{split}*.parquet", "*.parquet"))
+
+
+class _Rows:
+    """Rows of parquet files, each a document (an `Incoming`)."""
+
+    is_guess = False
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        sizes = set()
+        for path in files:
+            schema = pq.read_schema(path)
+            kind = schema.field("input_ids").type if "input_ids" in schema.names else None
+            is_list = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
+            if kind is None or not is_list or not pa.types.is_integer(kind.value_type):
+                raise ImportDataError(
+                    f"{path}: expected a column input_ids of lists of integers, found {kind or schema.names}",
+                    next_step="check --from",
+                )
+            sizes.add(kind.value_type.bit_width)
+        self.dtype = np.dtype("<u2" if max(sizes) <= 16 else "<u4")
+
+    def blocks(self, eos_id: int) -> Iterator[DocumentBlock]:
+        for file, path in enumerate(self.files):
+            row = 0
+            with pq.ParquetFile(path) as opened:
+                for batch in opened.iter_batches(4096, columns=["input_ids"], use_threads=False):
+                    lists = batch.column(0)
+                    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+                    values = lists.flatten().to_numpy()
+                    limit = np.iinfo(self.dtype).max
+                    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= limit:
+                        raise ImportDataError(
+                            f"{path}: row {row} and after: expected ids from 0 to {limit}, found "
+                            f"{int(values.min())} to {int(values.max())}",
+                            next_step="mend the file",
+                        )
+                    yield DocumentBlock(file, row, lengths, values.astype(self.dtype))
+                    row += len(lengths)
 
 
 class _RowGroup(NamedTuple):

@@ -9,12 +9,16 @@ whole samples.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 
+from tokenmill.errors import ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
-from tokenmill.interchange.mds import require_samples
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files
+from tokenmill.interchange.mds import read_index, require_samples
 from tokenmill.interchange.output import Output
+from tokenmill.loading.data_root import Piece
 
 _CHUNK_NBYTES = 1 << 26
 """As `litdata.optimize(chunk_bytes="64MB")`, which its documentation recommends for tokens."""
@@ -65,6 +69,24 @@ class LitData:
             with output.file(f"{split}/index.json") as file:
                 index = {"chunks": chunks, "config": config, "updated_at": "0"}
                 file.write(json.dumps(index, sort_keys=True).encode())
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        (path,) = find_files(source, hints.split, "{split}/index.json", "index.json")
+        kinds = {name: size for size, name in _FORMATS.items()} | {"no_header_tensor:20": 2, "no_header_tensor:16": 4}
+        config = json.loads(path.read_bytes()).get("config", {})
+        formats = config.get("data_format") or []
+        if len(formats) != 1 or formats[0] not in kinds or config.get("compression"):
+            raise ImportDataError(
+                f"{path}: expected uncompressed tokens of 16 or 32 bits, found {formats}, {config.get('compression')}",
+                next_step="write the data set again as such chunks, or import its text",
+            )
+        itemsize = kinds[formats[0]]
+        chunks = read_index(path, "chunks")
+        pieces = [
+            Piece(path.with_name(chunk["filename"]), int(chunk["dim"]), 4 * (int(chunk["chunk_size"]) + 2))
+            for chunk in chunks
+        ]
+        return Tokens(pieces, np.dtype(f"<u{itemsize}"))
 
 
 def _chunk_tokens(dataset: ExportedDataset) -> int:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill.errors import ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import Output
 
 KINDS = {2: (20240520, 1), 4: (20240801, 7)}
@@ -56,6 +59,26 @@ class LlmC:
                 file.write(header)
                 for piece in stream.take(end - begin):
                     file.write(piece)
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        paths = find_files(source, hints.split, "{split}_*.bin", "*{split}*.bin")
+        kinds = {kind: size for size, kind in KINDS.items()}
+        found = set()
+        for path in paths:
+            header = np.fromfile(path, "<i4", 256)
+            size = kinds.get((int(header[0]), int(header[1]))) if len(header) == 256 else None
+            if size is None or path.stat().st_size != HEADER_NBYTES + size * int(header[2]):
+                raise ImportDataError(
+                    f"{path}: expected the header of llm.c and the tokens that it names, found neither or less",
+                    next_step="check --from, or get the file again",
+                )
+            found.add(size)
+        if len(found) != 1:
+            raise ImportDataError(f"{source}: files of 16 and of 32 bits together", next_step="import each kind alone")
+        itemsize = found.pop()
+        tokens = None if hints.record is None else hints.record.splits[hints.split].tokens
+        pieces = whole_pieces(paths, itemsize, HEADER_NBYTES)
+        return Tokens(pieces, np.dtype(f"<u{itemsize}"), end=hints.eos_id, tokens=tokens)
 
 
 def _files(dataset: ExportedDataset) -> Iterator[tuple[int, int]]:

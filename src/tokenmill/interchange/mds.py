@@ -8,13 +8,16 @@ the samples. A sample has the only column, `tokens`, whose shape its encoding fi
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenmill.errors import ExportError
+from tokenmill.errors import ExportError, ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files
 from tokenmill.interchange.output import Output
+from tokenmill.loading.data_root import Piece
 
 _SHARD_NBYTES = 1 << 26
 """As MDSWriter has it by default."""
@@ -56,6 +59,43 @@ class Mds:
         if not output.is_done(f"{split}/index.json"):
             with output.file(f"{split}/index.json") as file:
                 file.write(json.dumps(_index(dataset, split, output), sort_keys=True).encode())
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        (path,) = find_files(source, hints.split, "{split}/index.json", "index.json")
+        shards = read_index(path, "shards")
+        pieces, kinds = [], set()
+        for shard in shards:
+            names, encodings, sizes = (shard.get(f"column_{what}") or [] for what in ("names", "encodings", "sizes"))
+            kind = str(encodings[0]).split(":")[1] if len(encodings) == 1 and ":" in str(encodings[0]) else ""
+            is_ours = names == ["tokens"] and kind in ("uint16", "int32", "uint32") and sizes != [None]
+            if shard.get("format") != "mds" or shard.get("compression") or not is_ours:
+                raise ImportDataError(
+                    f"{path}: expected uncompressed MDS with the only column tokens, arrays of a fixed length, found "
+                    f"{names} {encodings} {sizes}",
+                    next_step="write the data set again as such shards, or import its text",
+                )
+            kinds.add(np.dtype(kind))
+            raw, nbytes = shard["raw_data"], int(shard["samples"]) * int(next(iter(sizes)))
+            tokens = nbytes // np.dtype(kind).itemsize
+            pieces.append(Piece(path.with_name(raw["basename"]), tokens, int(raw["bytes"]) - nbytes))
+        if len(kinds) != 1:
+            raise ImportDataError(f"{path}: shards of several types", next_step="import each kind alone")
+        return Tokens(pieces, kinds.pop())
+
+
+def read_index(path: Path, what: str) -> list[dict[str, Any]]:
+    """Return the list of files of an `index.json`.
+
+    Raises:
+        ImportDataError: it has none.
+    """
+    try:
+        found = json.loads(path.read_bytes())[what]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, list) or not found:
+        raise ImportDataError(f"{path}: expected a list of {what}, found none", next_step="check --from")
+    return found
 
 
 def require_samples(dataset: ExportedDataset, name: str) -> None:

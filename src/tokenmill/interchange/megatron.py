@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.errors import ExportError
+from tokenmill.errors import ExportError, ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import (
     LONGEST_INT32,
@@ -25,6 +26,7 @@ from tokenmill.interchange.format import (
     write_arrays,
     write_tokens,
 )
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import Output
 
 MAGIC = b"MMIDIDX\0\0"
@@ -72,6 +74,41 @@ class Megatron:
             write_arrays(file, dataset.lengths(), "<i4")
             write_arrays(file, (begins for begins, _ in running(dataset.lengths(), itemsize)), "<i8")
             write_arrays(file, _numbers(documents + 1), "<i8")
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        (index,) = _indexes(source, hints.split)
+        data = np.memmap(index, np.uint8, "r")
+        if data[:9].tobytes() != MAGIC or len(data) < 34:
+            raise ImportDataError(f"{index}: not a Megatron index", next_step="check --from")
+        version, code, sequences, bounds = struct.unpack_from("<QBQQ", data[9:34].tobytes())
+        kinds = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+        if version != 1 or code not in kinds or len(data) < 34 + 12 * sequences + 8 * bounds:
+            raise ImportDataError(
+                f"{index}: expected version 1, a type of integers and {sequences} sequences, found version {version}, "
+                f"code {code} and {len(data)} bytes",
+                next_step="get the file again, or make it again",
+            )
+        dtype = np.dtype(kinds[code])
+        lengths = np.frombuffer(data, "<i4", sequences, 34)
+        firsts = np.frombuffer(data, "<i8", bounds, 34 + 12 * sequences)
+        documents = np.add.reduceat(np.append(lengths, 0), firsts[:-1]) if bounds > 1 else lengths[:0]
+        documents = np.where(np.diff(firsts) > 0, documents, 0)
+        return Tokens(whole_pieces([index.with_suffix(".bin")], dtype.itemsize), dtype, [documents])
+
+
+def _indexes(source: Path, split: str) -> list[Path]:
+    """Return the index of a prefix, of a file of it, or of a directory that has one."""
+    if not source.is_dir():
+        source = source.with_suffix("") if source.suffix in (".bin", ".idx") else source
+        found = [source.with_name(source.name + ".idx")]
+    else:
+        found = find_files(source, split, "{split}.idx", "*.idx")
+    if len(found) != 1 or not found[0].is_file() or not found[0].with_suffix(".bin").is_file():
+        names = ", ".join(path.name for path in found)
+        raise ImportDataError(
+            f"{source}: expected one .idx with its .bin, found {names}", next_step="name the prefix of one of them"
+        )
+    return found
 
 
 def _numbers(count: int) -> Iterator[NDArray[Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import require_uint16, write_tokens
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import Output
 
 
@@ -33,3 +35,6 @@ class NanoGpt:
         if not output.is_done("meta.pkl"):
             with output.file("meta.pkl") as file:
                 file.write(pickle.dumps({"vocab_size": dataset.tokenizer.vocab_size}, protocol=4))
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        return Tokens(whole_pieces(find_files(source, hints.split, "{split}.bin"), 2), np.dtype("<u2"))

@@ -6,10 +6,13 @@ import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+from numpy.typing import NDArray
 
+from tokenmill.errors import ImportDataError
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import (
     Bounds,
@@ -18,6 +21,7 @@ from tokenmill.interchange.format import (
     smallest_unsigned,
     write_tokens,
 )
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import ByteSink, Output
 
 
@@ -52,6 +56,30 @@ class Olmo:
         ):
             for table in _rows(dataset, output.folder / ".origins"):
                 pa.csv.write_csv(table, packed, bare)
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        paths = find_files(source, hints.split, "{split}/*.npy", "*.npy")
+        dtype = hints.dtype
+        if dtype is None and hints.record is not None:
+            dtype = smallest_unsigned(hints.record.vocab_size)
+        if dtype is None:
+            dtype = np.dtype(f"<u{hints.itemsize(paths[0])}")
+        pieces = whole_pieces(paths, dtype.itemsize)
+        lists = [path.with_name(path.name.removesuffix(".npy") + ".csv.gz") for path in paths]
+        if not all(path.is_file() for path in lists):
+            return Tokens(pieces, dtype)
+        return Tokens(pieces, dtype, [_listed(path) for path in lists])
+
+
+def _listed(path: Path) -> NDArray[np.int64]:
+    """Return the lengths of the documents of a `csv.gz`."""
+    with gzip.open(path) as packed:
+        read = pa.csv.ReadOptions(autogenerate_column_names=True)
+        table = pa.csv.read_csv(packed, read)
+    starts, ends = (table[name].to_numpy() for name in table.column_names[:2])
+    if len(starts) and (starts[0] != 0 or not np.array_equal(starts[1:], ends[:-1])):
+        raise ImportDataError(f"{path}: documents do not follow one another", next_step="get the file again")
+    return np.asarray(ends - starts, np.int64)
 
 
 def _rows(dataset: ExportedDataset, scratch: Path) -> Iterator[pa.Table]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from tokenmill.dataroot import npy
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import require_whole_documents, write_arrays, write_tokens
+from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
 from tokenmill.interchange.output import Output
 
 
@@ -36,3 +39,9 @@ class TorchTitan:
                 file.write(npy.npy_header(np.dtype("<i8"), dataset.documents + 1))
                 write_arrays(file, dataset.starts(), "<i8")
                 file.write(np.array([dataset.tokens], "<i8"))
+
+    def open(self, source: Path, hints: Hints) -> Incoming:
+        (path,) = find_files(source, hints.split, "{split}/tokens.bin", "tokens.bin")
+        itemsize = hints.itemsize(path)
+        bounds = np.load(path.with_name("document_offsets.npy"), mmap_mode="r")
+        return Tokens(whole_pieces([path], itemsize), np.dtype(f"<u{itemsize}"), [np.diff(bounds)])

@@ -159,6 +159,11 @@ def load_agreeing(
     manifest = manifests.load(root)
     if manifest is None:
         refuse_foreign(root)
+    elif manifest.imported is not None:
+        raise DataRootError(
+            f"{root}: was imported from {manifest.imported.source}",
+            next_step="tokenmill import continues it; choose another directory for other data",
+        )
     elif manifest.view is not None:
         raise DataRootError(
             f"{root}: was written from a view",

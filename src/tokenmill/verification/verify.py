@@ -98,6 +98,10 @@ def verify(
             f"({len(job.elsewhere)} such files)",
             next_step="download the rest, or verify without --deep",
         )
+    if deep and job.manifest is not None and job.manifest.imported is not None:
+        raise DataRootError(
+            f"{root}: was imported as tokens, and has no corpus to compare with", next_step="verify it without --deep"
+        )
     if deep and job.manifest is not None and job.manifest.view is not None:
         raise DataRootError(
             f"{root}: was written from a view, and its corpus is that of the view's data roots",

@@ -1,0 +1,266 @@
+"""Imports: an export that is imported is the data set again, and what others wrote is taken or refused by name."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import DIE_AT, command, run_cli, text, write_parquet
+from tokenmill import errors
+from tokenmill.cli.demo import TOKENIZER
+from tokenmill.dataroot import manifest as manifests
+from tokenmill.interchange import huggingface, incoming, litdata, llmc, mds
+from tokenmill.interchange.export import FORMATS, export
+from tokenmill.interchange.importing import import_data
+from tokenmill.loading.dataset import TokenDataset
+from tokenmill.loading.provenance import show, where_token
+from tokenmill.loading.view import open_root
+from tokenmill.pipeline.pretokenize import pretokenize
+from tokenmill.recipe import Recipe
+from tokenmill.shards.consolidate import consolidate
+from tokenmill.verification.verify import verify
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
+
+EOS = 2
+SAY_BOUNDS = ("megatron", "olmo", "datatrove", "parquet", "torchtitan")
+
+
+def content(root: Path) -> tuple[list[int], list[int]]:
+    """All tokens, and where documents begin."""
+    found = open_root(root)
+    tokens = np.concatenate([*found.tokens().chunks(1 << 20)]).tolist()
+    return tokens, found.documents().starts_between(0, len(tokens)).tolist()
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.text(max_size=30) | st.sampled_from(["a </s> b", "</s>"]), min_size=1, max_size=30),
+    to=st.sampled_from(list(FORMATS)),
+    dtype=st.sampled_from(["uint16", "uint32"]),
+    is_view=st.booleans(),
+    is_cut=st.booleans(),
+    shard_size=st.sampled_from([5, 40, 10_000]),
+    block=st.sampled_from([1, 7, 1 << 20]),
+)
+def test_an_export_that_is_imported_is_the_data_set_again(
+    rows: list[str],
+    to: str,
+    dtype: str,
+    is_view: bool,
+    is_cut: bool,
+    shard_size: int,
+    block: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Tokens and bounds; where the format has no bounds, EOS in a text is one more, and MDS has whole samples only."""
+    folder = tmp_path_factory.mktemp("import")
+    write_parquet(folder / "corpus" / "a.parquet", [*rows, "so that there is one"])
+    total = 7 if is_cut else None
+    recipe = Recipe(
+        dataset=str(folder / "corpus"), tokenizer=str(TOKENIZER), dtype=dtype, seq_len=4, total_tokens=total
+    )
+    pretokenize(recipe, folder / "root")
+    root = folder / "root"
+    if is_view and not is_cut:
+        build_view(ViewSpec(sources=[ViewSource(name="s", root=str(root))], seed=1), folder / "view")
+        root = folder / "view"
+    tokens, starts = content(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            (llmc, "FILE_TOKENS", 6),
+            (mds, "_SHARD_NBYTES", 8192 + 50),
+            (litdata, "_CHUNK_NBYTES", 30),
+            (huggingface, "_FILE_NBYTES", 40),
+            (huggingface, "_GROUP_NBYTES", 20),
+            (incoming, "BLOCK_TOKENS", block),
+        ):
+            patch.setattr(module, name, value)
+        if to in ("mds", "litdata") and len(tokens) < 4:
+            return
+        export(root, folder / "out", to)
+        report = import_data(folder / "out", folder / "again", to, shard_size=shard_size, seq_len=4)
+    if to == "mds":
+        tokens = tokens[: len(tokens) // 4 * 4]
+    if to not in SAY_BOUNDS:
+        starts = [0, *(i + 1 for i, token in enumerate(tokens[:-1]) if token == EOS)]
+    assert content(folder / "again") == (tokens, starts)
+    assert (report.documents, report.is_guess) == (len(starts), to not in SAY_BOUNDS)
+    result = verify(folder / "again")
+    assert result.passed, result.findings
+    assert (
+        import_data(folder / "out", folder / "again", to, shard_size=shard_size, seq_len=4).status == "already complete"
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    texts = [text(i, 2 + i % 30) for i in range(100)]
+    write_parquet(tmp_path / "corpus" / "a.parquet", texts)
+    pretokenize(Recipe(dataset=str(tmp_path / "corpus"), tokenizer=str(TOKENIZER), seq_len=16), tmp_path / "root")
+    return tmp_path / "root"
+
+
+def test_all_of_tokenmill_works_on_it(root: Path, tmp_path: Path) -> None:
+    export(root, tmp_path / "out", "megatron")
+    import_data(tmp_path / "out", tmp_path / "in", "megatron", seq_len=16, shard_size=300, tokenizer=str(TOKENIZER))
+    consolidate(tmp_path / "in")
+    assert verify(tmp_path / "in").passed
+    assert np.array_equal(TokenDataset(tmp_path / "in")[:], TokenDataset(root)[:])
+    assert [token.id for token in show(tmp_path / "in", 3).tokens] == TokenDataset(root)[3].tolist()
+    (part,) = where_token(tmp_path / "in", 0).documents
+    assert (part.source, part.row, part.text_xxh3) == ("train.bin", 0, None)
+    build_view(ViewSpec(sources=[ViewSource(name="s", root=str(tmp_path / "in"))], holdout=0.3), tmp_path / "view")
+    assert verify(tmp_path / "view").passed
+    export(tmp_path / "view", tmp_path / "second", "parquet")
+    for line in (["info"], ["stats"], ["where", "--sample", 2]):
+        result = run_cli(line[0], tmp_path / "in", *line[1:])
+        assert result.returncode == 0, result.stderr
+    with pytest.raises(errors.DataRootError, match="has no corpus to compare with"):
+        verify(tmp_path / "in", deep=3)
+    with pytest.raises(errors.DataRootError, match="was imported from"):
+        pretokenize(Recipe(dataset=str(tmp_path / "corpus"), tokenizer=str(TOKENIZER)), tmp_path / "in")
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        import_data(tmp_path / "out", tmp_path / "in", "megatron", seq_len=32, shard_size=300, tokenizer=str(TOKENIZER))
+
+
+def test_killed_at_any_step_it_goes_on(root: Path, tmp_path: Path) -> None:
+    export(root, tmp_path / "out", "datatrove")
+    import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000)
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*_*")}
+    assert len(wanted) > 4
+    for step in (1, 2, 3, 5, 7, 9, 14, 20):
+        again = tmp_path / f"in-{step}"
+        line = command("import", tmp_path / "out", again, "--from", "datatrove", "--shard-size", 1_000, "--quiet")
+        died = subprocess.run([sys.executable, "-c", DIE_AT, str(step), *line[3:]], timeout=60, check=False)
+        assert died.returncode in (-signal.SIGKILL, 0)
+        import_data(tmp_path / "out", again, "datatrove", shard_size=1_000)
+        assert {path.name: path.read_bytes() for path in again.glob("*_*")} == wanted
+        assert verify(again).passed
+    (tmp_path / "whole" / "train_000001.npy").unlink()
+    import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*_*")} == wanted
+
+
+def megatron(prefix: Path, documents: list[list[list[int]]], dtype: str, code: int) -> None:
+    """A prefix with documents of several sequences, as preprocess_data.py writes them for text split into sentences."""
+    sequences = [sequence for document in documents for sequence in document]
+    tokens = [np.array(sequence, dtype) for sequence in sequences]
+    prefix.with_suffix(".bin").write_bytes(b"".join(each.tobytes() for each in tokens))
+    lengths = np.array([len(each) for each in tokens], "<i4")
+    begins = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype("<i8") * np.dtype(dtype).itemsize
+    bounds = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(tokens), len(bounds))
+    prefix.with_suffix(".idx").write_bytes(head + lengths.tobytes() + begins.tobytes() + bounds.tobytes())
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("<u2", 8), ("<i4", 4), ("<i8", 5), ("u1", 1)])
+def test_megatron_of_others(tmp_path: Path, dtype: str, code: int) -> None:
+    """Documents of several sequences, one without any, types that are wider than the ids; by its prefix."""
+    documents = [[[5, 6], [7, EOS]], [], [[EOS]], [[8, EOS]]]
+    megatron(tmp_path / "my_text_document", documents, dtype, code)
+    import_data(tmp_path / "my_text_document", tmp_path / "in", "megatron", eos_id=EOS, seq_len=2)
+    assert content(tmp_path / "in") == ([5, 6, 7, EOS, EOS, 8, EOS], [0, 4, 5])
+    manifest = manifests.load(tmp_path / "in")
+    assert manifest is not None
+    assert (manifest.ledger[0].rows, manifest.ledger[0].empty) == (4, 1)
+    assert verify(tmp_path / "in").passed
+
+
+def test_csvs_of_dolma(tmp_path: Path) -> None:
+    """CRLF, names in quotes, files after each other."""
+    for number, ends in enumerate(([3, 4], [2])):
+        np.arange(3, 3 + ends[-1], dtype="<u2").tofile(tmp_path / f"part-{number}.npy")
+        with gzip.open(tmp_path / f"part-{number}.csv.gz", "wt", newline="") as file:
+            for begin, end in zip([0, *ends], ends, strict=False):
+                csv.writer(file).writerow([begin, end, "a, b", "/x/y.gz", 1])
+        tokens = np.fromfile(tmp_path / f"part-{number}.npy", "<u2")
+        tokens[np.array(ends) - 1] = EOS
+        tokens.tofile(tmp_path / f"part-{number}.npy")
+    import_data(tmp_path, tmp_path / "in", "olmo", eos_id=EOS, dtype="uint16", seq_len=2)
+    assert content(tmp_path / "in") == ([3, 4, EOS, EOS, 3, EOS], [0, 3, 4])
+    assert where_token(tmp_path / "in", 5).documents[0].source == "part-1.npy"
+
+
+def test_bare_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([5, EOS, 6], "<u2"))
+    np.save(tmp_path / "b.npy", np.array([7, EOS, 8], "<u2"))
+    report = import_data(tmp_path, tmp_path / "in", "raw", eos_id=EOS, seq_len=2)
+    assert content(tmp_path / "in") == ([5, EOS, 6, 7, EOS, 8], [0, 2, 5])
+    assert report.is_guess
+    assert "do not say" in report.notes[0] or "does not say where documents end" in report.notes[0]
+    np.array([5, EOS], "<u4").tofile(tmp_path / "c.bin")
+    with pytest.raises(errors.ImportDataError, match="nothing says how large a token is"):
+        import_data(tmp_path / "c.bin", tmp_path / "x", "raw", eos_id=EOS)
+    import_data(tmp_path / "c.bin", tmp_path / "wide", "raw", eos_id=EOS, dtype="uint32", seq_len=2)
+    assert content(tmp_path / "wide") == ([5, EOS], [0])
+
+
+def spoil(path: Path, change: Any) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "change", "message"),
+    [
+        ("megatron", "train.bin", lambda data: data[:-2], "holds .* tokens, and its documents"),
+        ("megatron", "train.idx", lambda data: b"x" + data, "not a Megatron index"),
+        ("megatron", "train.idx", lambda data: data[:100], "found version 1"),
+        ("datatrove", "train/00000_train.ds", lambda data: data[:-1], "expected tokens of 2 bytes"),
+        ("llmc", "train_000000.bin", lambda data: data[:-2], "expected the header of llm.c"),
+        ("mds", "train/shard.00000.mds", lambda data: data[:-2], r"expected \d+ bytes, found"),
+        ("mds", "train/index.json", lambda data: b"{}", "expected a list of shards"),
+        ("litdata", "train/chunk-0-0.bin", lambda data: data + b"xx", r"expected \d+ bytes, found"),
+        ("olmo", "train/part-00000.npy", lambda data: data + b"xx", "holds .* tokens, and its documents"),
+        ("nanogpt", "train.bin", lambda data: b"\xff\xff" + data, "document 0: expected ids below 4096, found 65535"),
+        ("torchtitan", "train/tokens.bin", lambda data: data[2:], "holds .* tokens, and its documents"),
+        ("datatrove", "train/00000_train.ds", lambda data: data[2:] + data[:2], "document 0: expected id 2 at its end"),
+    ],
+)
+def test_files_that_are_not_what_they_say(
+    root: Path, tmp_path: Path, to: str, name: str, change: Any, message: str
+) -> None:
+    export(root, tmp_path / "out", to)
+    spoil(tmp_path / "out" / name, change)
+    with pytest.raises(errors.ImportDataError, match=message):
+        import_data(tmp_path / "out", tmp_path / "in", to)
+    assert not list((tmp_path / "in").glob("*.npy"))
+
+
+def test_refusals(root: Path, tmp_path: Path) -> None:
+    export(root, tmp_path / "out", "mds")
+    for wrong, message in (
+        (lambda: import_data(tmp_path / "out", tmp_path / "in", "gguf"), "format 'gguf': not known"),
+        (lambda: import_data(tmp_path / "out", tmp_path / "in", "litdata"), "expected uncompressed tokens"),
+        (lambda: import_data(tmp_path / "corpus", tmp_path / "in", "mds", eos_id=2), "no such files in it"),
+        (lambda: import_data(tmp_path / "corpus", tmp_path / "in", "mds"), "nothing says which token ends a document"),
+        (lambda: import_data(tmp_path / "corpus", tmp_path / "in", "parquet", eos_id=2), "expected a column input_ids"),
+    ):
+        with pytest.raises(errors.ImportDataError, match=message):
+            wrong()
+    lists = pa.table({"input_ids": [[1, -1, 2]]})
+    pq.write_table(lists, tmp_path / "negative.parquet")
+    with pytest.raises(errors.ImportDataError, match="expected ids from 0"):
+        import_data(tmp_path / "negative.parquet", tmp_path / "in", "parquet", eos_id=2)
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["complete"]
+    result = run_cli("import", tmp_path / "out", tmp_path / "in", "--from", "mds", "--seq-len", 16)
+    assert (result.returncode, "taken to end with id 2" in result.stdout) == (0, True), result.stderr
+    result = run_cli("import", tmp_path / "none", tmp_path / "x", "--from", "mds", "--eos-id", 2)
+    assert (result.returncode, "no such files" in result.stderr) == (3, True)
+    again = run_cli("import", tmp_path / "out", tmp_path / "in", "--from", "mds", "--seq-len", 16, "--json")
+    assert json.loads(again.stdout)["status"] == "already complete"
