@@ -62,6 +62,11 @@ def test_views(tmp_path: Path) -> None:
     assert "30 removed" in found
 
 
+def test_export(tmp_path: Path) -> None:
+    lines = printed("export", tmp_path, "--gigabytes", 0.0002, "--documents", 2_000, "--rounds", 1).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["cp", "megatron,", "megatron"]
+
+
 def test_identity(corpus: Path) -> None:
     found = printed("identity", corpus, "--tokenizer", TOKENIZER, "--metadata-column", "none", "--rounds", 1)
     assert [line.split()[0] for line in found.splitlines()] == ["without", "hash", "metadata"]

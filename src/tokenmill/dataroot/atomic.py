@@ -49,6 +49,11 @@ class AtomicFile:
             self.write(data)
             self._file.seek(0, os.SEEK_END)
 
+    def sync(self) -> None:
+        """Have the disk take what was written so far."""
+        with translate_write_errors(self.path):
+            getattr(os, "fdatasync", os.fsync)(self._file.fileno())
+
     def publish(self) -> None:
         with translate_write_errors(self.path):
             os.fsync(self._file.fileno())

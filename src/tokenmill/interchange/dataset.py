@@ -17,6 +17,7 @@ from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import TokenizerRecord
 from tokenmill.dataroot.view_record import pin_of
 from tokenmill.errors import ExportError
+from tokenmill.loading.data_root import TokenStream
 from tokenmill.loading.view import OpenView, open_root
 from tokenmill.recipe import MetadataColumn
 from tokenmill.views.origins import Origins, metadata_columns
@@ -25,6 +26,8 @@ CHUNK_TOKENS = 1 << 22
 """Tokens that are read, hashed and written at once."""
 _ORIGINS = 1 << 18
 """Documents whose origins are looked up at once."""
+_RESIDENT_NBYTES = 256 << 20
+"""Of the data set's files; more of them stays in the system's cache, if it has room."""
 _STARTS_TOKENS = 1 << 28
 """Tokens whose documents are looked up at once."""
 
@@ -44,6 +47,8 @@ class ExportedDataset:
         self.found = open_root(root)
         self.root = root
         self.stream = self.found.tokens()
+        if isinstance(self.stream, TokenStream):
+            self.stream.limit_resident(_RESIDENT_NBYTES)
         tokenizer, documents = self.found.tokenizer, self.found.document_count
         if tokenizer is None or documents is None:
             raise ExportError(

@@ -115,9 +115,10 @@ def export(
             for split, dataset in datasets.items():
                 on_progress(split)
                 kind.write(dataset, split, output)
+                output.settle()
                 done = record.splits[split]
                 done.tokens_sha256, done.inner_eos = dataset.digest(), dataset.inner_eos()
-            output.require_as_written()
+            output.finish()
         finally:
             output.close()
         record.notes, record.complete = _notes(datasets), True

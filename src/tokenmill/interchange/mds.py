@@ -56,6 +56,7 @@ class Mds:
                 file.write((first + np.arange(samples + 1, dtype=np.int64) * nbytes).astype("<u4"))
                 file.write(config)
                 file.write(np.ascontiguousarray(chunk[: samples * dataset.seq_len]))
+        output.settle()  # the index has the digests of the shards
         if not output.is_done(f"{split}/index.json"):
             with output.file(f"{split}/index.json") as file:
                 file.write(json.dumps(_index(dataset, split, output), sort_keys=True).encode())

@@ -8,6 +8,9 @@ import hashlib
 import io
 import os
 import shutil
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +24,11 @@ from tokenmill.dataroot.manifest import encode, load_record
 from tokenmill.errors import ExportError, StorageError
 
 EXPORT = "export.json"
+_PUBLISHED_AT_ONCE = 2
+"""One waits for the disk while another is read again."""
+_SYNC_NBYTES = 128 << 20
+"""Written to a file before the disk is told to take it: all at once at the end, everything would wait for it."""
+_SAVE_SECONDS = 1.0
 _VERSION = 3
 """As of all records (`dataroot.manifest.VERSION`)."""
 
@@ -92,9 +100,12 @@ def load_export(folder: Path) -> ExportRecord | None:
 class OutputFile:
     """A file that is being written; its SHA-256 is made on a thread meanwhile."""
 
-    def __init__(self, file: atomic.AtomicFile, hashing: ThreadPoolExecutor) -> None:
+    def __init__(self, file: atomic.AtomicFile, hashing: ThreadPoolExecutor, syncing: ThreadPoolExecutor) -> None:
         self._file = file
         self._hashing = hashing
+        self._syncing = syncing
+        self._synced: Future[None] | None = None
+        self._unsynced_nbytes = 0
         self._sha256 = hashlib.sha256()
         self._hashed: Future[None] | None = None
         self.nbytes = 0
@@ -107,7 +118,16 @@ class OutputFile:
         self._hashed = self._hashing.submit(self._sha256.update, view)
         self._file.write(view)
         self.nbytes += len(view)
+        self._unsynced_nbytes += len(view)
+        if self._unsynced_nbytes >= _SYNC_NBYTES and (self._synced is None or self._synced.done()):
+            self.await_sync()
+            self._synced, self._unsynced_nbytes = self._syncing.submit(self._file.sync), 0
         return len(view)
+
+    def await_sync(self) -> None:
+        """Wait until what was asked of the disk is done."""
+        if self._synced is not None:
+            self._synced.result()
 
     def digest(self) -> str:
         """SHA-256 of all that was written."""
@@ -146,9 +166,16 @@ class Output:
             with atomic.translate_write_errors(partial):
                 partial.unlink()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._publishing = ThreadPoolExecutor(_PUBLISHED_AT_ONCE, thread_name_prefix="publish")
+        self._published: deque[Future[None]] = deque()
+        self._proven: set[str] = set()
+        """Files that were read again, or are the data set's own."""
+        self._save_due = 0.0
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Let go of the thread."""
+        """Let go of the threads; what is being published is, or is removed."""
+        self._publishing.shutdown()
         self._hashing.shutdown()
 
     def is_done(self, name: str) -> bool:
@@ -167,11 +194,33 @@ class Output:
         path = self.folder / name
         with atomic.translate_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.AtomicFile(path) as file:
-            output = OutputFile(file, self._hashing)
+        file = atomic.AtomicFile(path)
+        try:
+            output = OutputFile(file, self._hashing, self._publishing)
             yield output
+            output.await_sync()
+        except BaseException:
+            file.discard()
+            raise
+        self._published.append(self._publishing.submit(self._publish, name, file, output))
+        while len(self._published) > _PUBLISHED_AT_ONCE:
+            self._published.popleft().result()
+
+    def _publish(self, name: str, file: atomic.AtomicFile, output: OutputFile) -> None:
+        """Make a file durable, read it again, and enter it, while the next one is written."""
+        try:
             written = WrittenFile(output.nbytes, output.digest())
+            file.publish()
+        except BaseException:
+            file.discard()
+            raise
+        self._require_as_written(name, written)
         self._note(name, written)
+
+    def settle(self) -> None:
+        """Wait until all files are published."""
+        while self._published:
+            self._published.popleft().result()
 
     def link(self, source: Path, name: str, sha256: str) -> bool:
         """Give a file that is there a second name, if the file system can; `sha256` is what it must hold."""
@@ -191,28 +240,34 @@ class Output:
         return True
 
     def _note(self, name: str, written: WrittenFile) -> None:
-        self.record.files[name] = written
-        self.save()
+        with self._lock:
+            self._proven.add(name)
+            self.record.files[name] = written
+            if time.monotonic() >= self._save_due:  # the rest is entered at the end
+                save_export(self.folder, self.record)
+                self._save_due = time.monotonic() + _SAVE_SECONDS
 
-    def save(self) -> None:
-        """Store the record."""
-        save_export(self.folder, self.record)
-
-    def require_as_written(self) -> None:
-        """Read every file again.
+    def finish(self) -> None:
+        """Wait for all files, and read those of earlier runs again.
 
         Raises:
             StorageError: one does not hold what was written.
         """
+        self.settle()
+        self.record.files = dict(sorted(self.record.files.items()))
         for name, written in self.record.files.items():
-            path = self.folder / name
-            with atomic.translate_read_errors(path), path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != written.sha256:
-                raise StorageError(
-                    f"{path}: expected what was written, sha256 {written.sha256}, found {found}",
-                    next_step="check the disk; delete the directory, and run the same command again",
-                )
+            if name not in self._proven:
+                self._require_as_written(name, written)
+
+    def _require_as_written(self, name: str, written: WrittenFile) -> None:
+        path = self.folder / name
+        with atomic.translate_read_errors(path), path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != written.sha256:
+            raise StorageError(
+                f"{path}: expected what was written, sha256 {written.sha256}, found {found}",
+                next_step="check the disk; delete the directory, and run the same command again",
+            )
 
 
 def save_export(folder: Path, record: ExportRecord) -> None:
