@@ -125,7 +125,7 @@ def stored(root: Path) -> dict[tuple[str, int], dict[str, object]]:
     return {(document.source, document.row): dict(document.metadata) for document in itertools.chain(*documents)}
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     files=st.lists(st.lists(rows, min_size=1, max_size=12), min_size=1, max_size=3),
     write=st.sampled_from(FORMATS),

@@ -220,11 +220,11 @@ SMALL = {
 
 @pytest.mark.parametrize("name", ["shards", "joined", "wide", "wide joined", "cut", "view", "samples"])
 @pytest.mark.parametrize("to", FORMAT_NAMES)
-@pytest.mark.parametrize("are_small", [False, True])
 def test_files_hold_what_the_data_set_has(
-    roots: dict[str, Path], tmp_path: Path, name: str, to: str, are_small: bool, monkeypatch: pytest.MonkeyPatch
+    roots: dict[str, Path], tmp_path: Path, name: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if are_small:
+    """Files as large as they are for users, and small ones, so that there are several."""
+    if name not in ("wide joined", "samples"):
         for (module, constant), value in SMALL.items():
             monkeypatch.setattr(module, constant, value)
     about_documents = to in ("megatron", "olmo", "datatrove", "parquet", "torchtitan")
@@ -289,11 +289,11 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("to", ["megatron", "mds", "parquet"])
+@pytest.mark.parametrize("to", ["megatron", "mds"])
 def test_killed_at_any_step_it_goes_on(roots: dict[str, Path], tmp_path: Path, to: str) -> None:
     export(roots["shards"], tmp_path / "whole", to)
     wanted = contents(tmp_path / "whole")
-    for step in (*range(1, 9), 12, 20):
+    for step in (1, 2, 4, 5, 7, 12, 20):
         out = tmp_path / f"out-{step}"
         line = command("export", roots["shards"], out, "--to", to, "--quiet")
         died = subprocess.run([sys.executable, "-c", DIE_AT, str(step), *line[3:]], timeout=60, check=False)
@@ -309,7 +309,7 @@ def test_killed_at_any_step_it_goes_on(roots: dict[str, Path], tmp_path: Path, t
 def test_a_position_of_a_trainer_leads_back_to_file_and_row(
     roots: dict[str, Path], tmp_path: Path, name: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every document, sample and window (of views, some): what the trainer has there is of the documents named."""
+    """Every document, and many samples, windows and tokens: what the trainer has there is of the documents named."""
     for module in (llmc, position):
         monkeypatch.setattr(module, "FILE_TOKENS", 300)
     export(roots[name], tmp_path / "out", to)
@@ -337,7 +337,7 @@ def test_a_position_of_a_trainer_leads_back_to_file_and_row(
                 check(f"{number}:{end - begin - 1}", tokens[end - 1 : end])
     elif to in ("mds", "litdata", "datatrove"):
         length += to == "datatrove"
-        for number in range(0, len(tokens) // length, 7 if name == "view" else 1):
+        for number in range(0, len(tokens) // length, 31 if name == "view" else 3):
             check(str(number), tokens[number * length : (number + 1) * length])
             if number % 9 == 0:
                 check(f"{number}:3", tokens[number * length + 3 : number * length + 4])

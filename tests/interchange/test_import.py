@@ -47,7 +47,7 @@ def content(root: Path) -> tuple[list[int], list[int]]:
     return tokens, found.documents().starts_between(0, len(tokens)).tolist()
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     rows=st.lists(st.text(max_size=30) | st.sampled_from(["a </s> b", "</s>"]), min_size=1, max_size=30),
     to=st.sampled_from(list(FORMATS)),
@@ -143,7 +143,7 @@ def test_killed_at_any_step_it_goes_on(root: Path, tmp_path: Path) -> None:
     import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000)
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*_*")}
     assert len(wanted) > 4
-    for step in (1, 2, 3, 5, 7, 9, 14, 20):
+    for step in (1, 2, 4, 7, 14):
         again = tmp_path / f"in-{step}"
         line = command("import", tmp_path / "out", again, "--from", "datatrove", "--shard-size", 1_000, "--quiet")
         died = subprocess.run([sys.executable, "-c", DIE_AT, str(step), *line[3:]], timeout=60, check=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +24,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY, SHARED, golden, golden_corpus, run_cli, text, write_parquet, write_record
-from support.engines import PicklingEngine
+from conftest import REPOSITORY, run_cli, text, write_parquet, write_record
 from support.reference import sample_ids
-from support.runs import golden_recipe
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
@@ -315,58 +311,6 @@ def test_the_holdout_depends_on_the_text_alone(roots: dict[str, Path], tmp_path:
     with pytest.raises(errors.DataRootError, match="cannot be compared"):
         prove_disjoint(tmp_path / "old", tmp_path / "all")
     assert not prove_disjoint(tmp_path / "old", tmp_path / "old").passed
-
-
-def test_the_holdout_is_the_same_for_any_tokenizer_engine_order_and_workers(tmp_path: Path) -> None:
-    """The texts for validation are those whose hash says so, and no run puts equal texts on two sides."""
-    texts = [text(i % 150, 2 + i % 40) for i in range(200)]
-    write_parquet(tmp_path / "corpus" / "a.parquet", texts[:90])
-    write_parquet(tmp_path / "corpus" / "b.parquet", texts[90:])
-    ways: dict[str, tuple[Recipe, dict[str, Any]]] = {}
-    recipe = Recipe(dataset=str(tmp_path / "corpus"), tokenizer=str(TOKENIZER), shard_size=900, seq_len=16)
-    ways["plain"] = recipe, {}
-    ways["hf"] = msgspec.structs.replace(recipe, order="sequential"), {"tokenizer_backend": "hf", "workers": 3}
-    ways["cluster"] = msgspec.structs.replace(recipe, seed=8, buffer_size=7), {"engine": PicklingEngine(2)}
-    other = SHARED / "data" / "llama2-tokenizer"
-    if other.exists():
-        ways["another tokenizer"] = msgspec.structs.replace(recipe, tokenizer=str(other), dtype="uint32"), {}
-    limit = math.ceil(Fraction(0.25) * 2**64)
-    expected = {i for i, each in enumerate(texts) if xxhash.xxh3_64_intdigest(each.encode()) < limit}
-    assert 20 < len(expected) < 80
-    for name, (settings_, options) in ways.items():
-        pretokenize(settings_, tmp_path / name, **options)
-        source = ViewSource(name="s", root=str(tmp_path / name))
-        build_view(ViewSpec(sources=[source], holdout=0.25, split="validation"), tmp_path / f"{name} view")
-        found = {(d.source, d.row) for d in documents_of(tmp_path / f"{name} view")}
-        assert {90 * (file == "s/b.parquet") + row for file, row in found} == expected, name
-
-
-@settings(max_examples=15)
-@given(data=st.data())
-def test_growth_moves_nothing_that_was_there(roots: dict[str, Path], data: st.DataObject) -> None:
-    """With new data at the end of a view that is not shuffled, samples, ids and receipts of before stay as they are;
-    shuffled, the old documents keep their order."""
-    names = data.draw(st.permutations(["web", "code", "old"]))
-    grown = data.draw(st.integers(2, 3))
-    seed = data.draw(st.integers(0, 9))
-    folder = Path(tempfile.mkdtemp(dir=roots["web"].parent))
-    sources = [ViewSource(name=f"{i}-{name}", root=str(roots[name])) for i, name in enumerate(names)]
-    opened = {}
-    for shuffle, count in itertools.product(("none", "documents"), (grown - 1, grown)):
-        spec = ViewSpec(sources=sources[:count], shuffle=shuffle, seed=seed, seq_len=16)
-        build_view(spec, folder / f"{shuffle}-{count}")
-        opened[shuffle, count] = TokenDataset(folder / f"{shuffle}-{count}")
-    before, after = opened["none", grown - 1], opened["none", grown]
-    assert len(before) < len(after)
-    assert np.array_equal(after[: len(before)], before[:])
-    wanted = list(range(len(before)))
-    assert [after.sample_id(i) for i in wanted] == [before.sample_id(i) for i in wanted]
-    writer = ReceiptWriter(before, EpochSampler(len(before), seed=seed))
-    writer.add(EpochSampler(len(before), seed=seed).indices(0, len(before)))
-    assert all(check.passed for check in check_receipt(folder / f"none-{grown - 1}", writer.receipt()))
-    old, new = (documents_of(folder / f"documents-{count}") for count in (grown - 1, grown))
-    known = {(d.source, d.row) for d in old}
-    assert [(d.source, d.row) for d in old] == [(d.source, d.row) for d in new if (d.source, d.row) in known]
 
 
 def test_conditions(roots: dict[str, Path], tmp_path: Path) -> None:
@@ -686,36 +630,6 @@ def test_sources_that_are_no_longer_what_they_were(roots: dict[str, Path], tmp_p
     with pytest.raises(errors.DataRootError, match=r"source 'web' of the view: expected a data root"):
         TokenDataset(view)
     assert [finding.what for finding in verify(view).findings] == ["is there"]
-
-
-def golden_views(root: Path, folder: Path) -> dict[str, list[object]]:
-    """Tokens and the SHA-256 of all samples of the views of a golden data root."""
-    found = {}
-    for shuffle, split in (("documents", "train"), ("samples", "train"), ("none", "validation")):
-        spec = ViewSpec(sources=[ViewSource(name="golden", root=str(root))], seq_len=128, seed=1, holdout=0.1)
-        build_view(msgspec.structs.replace(spec, shuffle=shuffle, split=split), folder / shuffle)
-        dataset = TokenDataset(folder / shuffle)
-        digest = hashlib.sha256(np.ascontiguousarray(dataset[:]).tobytes()).hexdigest()
-        found[f"{shuffle} {split}"] = [dataset.tokens, digest]
-    return found
-
-
-VIEWS = json.loads((REPOSITORY / "tests" / "golden" / "views.json").read_text())
-
-
-@pytest.mark.parametrize("case", golden("demo.json"), ids=lambda case: f"{case['order']}-seed{case['seed']}")
-def test_golden_views(tmp_path: Path, case: dict) -> None:
-    """A view of a data set is the same for ever."""
-    fields = {field: case[field] for field in Recipe.__struct_fields__ if field in case}
-    recipe = Recipe(dataset=str(golden_corpus(tmp_path / "corpus")), tokenizer=str(TOKENIZER), **fields)
-    pretokenize(recipe, tmp_path / "root")
-    assert golden_views(tmp_path / "root", tmp_path) == VIEWS[case["tokens_sha256"]]
-
-
-@pytest.mark.parametrize("case", golden("shards.json"), ids=lambda case: f"seed{case['seed']}-{case['tokens']}")
-def test_golden_views_of_the_real_corpus(tmp_path: Path, case: dict) -> None:
-    pretokenize(golden_recipe(case), tmp_path / "root")
-    assert golden_views(tmp_path / "root", tmp_path) == VIEWS[case["tokens_bin_sha256"]]
 
 
 def test_manifests_of_sources_are_read_once_written(roots: dict[str, Path]) -> None:

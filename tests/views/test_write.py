@@ -61,7 +61,7 @@ def files(root: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.iterdir() if p.suffix in kept}
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     shuffle=st.sampled_from(["documents", "none"]),
     holdout=st.sampled_from([0.0, 0.4]),
