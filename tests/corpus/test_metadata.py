@@ -420,12 +420,12 @@ def test_row_groups_of_sidecars_end_earlier_where_metadata_is_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded, and the bytes do not depend on blocks."""
-    monkeypatch.setattr(shard, "_METADATA_NBYTES", 1_000)
+    monkeypatch.setattr(shard, "METADATA_NBYTES", 1_000)
     (tmp_path / "corpus").mkdir()
     as_parquet(tmp_path / "corpus" / "a", [{"text": text(i, 3), "lang": "x" * (i % 200)} for i in range(300)])
     sidecars = []
     for name, block in (("one", 16_384), ("two", 7)):
-        monkeypatch.setattr(driver, "_BLOCK_ROWS", block)
+        monkeypatch.setattr(driver, "BLOCK_ROWS", block)
         pretokenize(recipe(tmp_path / "corpus", "lang", shard_size=10_000), tmp_path / name)
         sidecars.append((tmp_path / name / "documents_000000.parquet").read_bytes())
     assert sidecars[0] == sidecars[1]

@@ -211,10 +211,10 @@ def test_every_format_has_a_name_and_a_reader() -> None:
 
 SMALL = {
     (llmc, "FILE_TOKENS"): 300,
-    (mds, "_SHARD_NBYTES"): 8192 + 500,
-    (litdata, "_CHUNK_NBYTES"): 400,
-    (huggingface, "_FILE_NBYTES"): 1_600,
-    (huggingface, "_GROUP_NBYTES"): 400,
+    (mds, "SHARD_NBYTES"): 8192 + 500,
+    (litdata, "CHUNK_NBYTES"): 400,
+    (huggingface, "FILE_NBYTES"): 1_600,
+    (huggingface, "GROUP_NBYTES"): 400,
 }
 
 

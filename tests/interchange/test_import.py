@@ -83,10 +83,10 @@ def test_an_export_that_is_imported_is_the_data_set_again(
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
             (llmc, "FILE_TOKENS", 6),
-            (mds, "_SHARD_NBYTES", 8192 + 50),
-            (litdata, "_CHUNK_NBYTES", 30),
-            (huggingface, "_FILE_NBYTES", 40),
-            (huggingface, "_GROUP_NBYTES", 20),
+            (mds, "SHARD_NBYTES", 8192 + 50),
+            (litdata, "CHUNK_NBYTES", 30),
+            (huggingface, "FILE_NBYTES", 40),
+            (huggingface, "GROUP_NBYTES", 20),
             (incoming, "BLOCK_TOKENS", block),
         ):
             patch.setattr(module, name, value)

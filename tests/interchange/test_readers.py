@@ -28,8 +28,8 @@ from tokenmill.views.spec import ViewSource, ViewSpec
 
 INTEROP = REPOSITORY / ".venv" / "interop" / "bin" / "python"
 SEQ_LEN = 16
-SMALL = {(mds, "_SHARD_NBYTES"): 8192 + 500, (litdata, "_CHUNK_NBYTES"): 400, (huggingface, "_FILE_NBYTES"): 4_000}
-SMALL |= {(huggingface, "_GROUP_NBYTES"): 1_000}
+SMALL = {(mds, "SHARD_NBYTES"): 8192 + 500, (litdata, "CHUNK_NBYTES"): 400, (huggingface, "FILE_NBYTES"): 4_000}
+SMALL |= {(huggingface, "GROUP_NBYTES"): 1_000}
 
 pytestmark = pytest.mark.skipif(not INTEROP.exists(), reason="the readers of other projects are not here: make interop")
 

@@ -19,9 +19,9 @@ from tokenmill.interchange.format import Bounds, require_short_documents, requir
 from tokenmill.interchange.incoming import DocumentBlock, Hints, Incoming, find_files
 from tokenmill.interchange.output import ByteSink, Output, OutputFile
 
-_FILE_NBYTES = 1 << 30
+FILE_NBYTES = 1 << 30
 """Tokens of a file, in bytes."""
-_GROUP_NBYTES = 64 << 20
+GROUP_NBYTES = 64 << 20
 """Likewise of a row group."""
 _TYPES = {2: pa.uint16(), 4: pa.int32()}
 
@@ -110,21 +110,21 @@ class _RowGroup(NamedTuple):
 
 
 def _row_groups(dataset: ExportedDataset, scratch: Path) -> Iterator[_RowGroup]:
-    """Yield documents that begin within the same `_GROUP_NBYTES` of the stream."""
+    """Yield documents that begin within the same `GROUP_NBYTES` of the stream."""
     bounds = Bounds(running(dataset.lengths()))
     for table in dataset.origins(scratch):
         starts, ends = bounds.take(len(table))
-        group = starts * dataset.dtype.itemsize // _GROUP_NBYTES
+        group = starts * dataset.dtype.itemsize // GROUP_NBYTES
         _, firsts = np.unique(group, return_index=True)
         for first, stop in itertools.pairwise([*firsts.tolist(), len(starts)]):
-            file = int(group[first]) // (_FILE_NBYTES // _GROUP_NBYTES)
+            file = int(group[first]) // (FILE_NBYTES // GROUP_NBYTES)
             yield _RowGroup(file, starts[first:stop], int(ends[stop - 1]), table.slice(first, stop - first))
 
 
 def _count(dataset: ExportedDataset) -> int:
-    """Return the number of files: one for each `_FILE_NBYTES` in which a document begins, the last one at the end."""
+    """Return the number of files: one for each `FILE_NBYTES` in which a document begins, the last one at the end."""
     last = dataset.found.documents().between(dataset.tokens - 1, dataset.tokens)[0].start
-    return last * dataset.dtype.itemsize // _FILE_NBYTES + 1
+    return last * dataset.dtype.itemsize // FILE_NBYTES + 1
 
 
 def _name(split: str, number: int, count: int) -> str:

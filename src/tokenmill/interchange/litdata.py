@@ -20,7 +20,7 @@ from tokenmill.interchange.mds import read_index, require_samples
 from tokenmill.interchange.output import Output
 from tokenmill.loading.data_root import Piece
 
-_CHUNK_NBYTES = 1 << 26
+CHUNK_NBYTES = 1 << 26
 """As `litdata.optimize(chunk_bytes="64MB")`, which its documentation recommends for tokens."""
 _HEADER_NBYTES = 12
 _FORMATS = {2: "no_header_numpy:5", 4: "no_header_numpy:6"}
@@ -58,7 +58,7 @@ class LitData:
                     file.write(np.ascontiguousarray(tokens))
         if not output.is_done(f"{split}/index.json"):
             config = {
-                "chunk_bytes": _CHUNK_NBYTES,
+                "chunk_bytes": CHUNK_NBYTES,
                 "chunk_size": None,
                 "compression": None,
                 "data_format": [_FORMATS[dataset.dtype.itemsize]],
@@ -90,5 +90,5 @@ class LitData:
 
 
 def _chunk_tokens(dataset: ExportedDataset) -> int:
-    """Return the tokens of a chunk: whole samples, about `_CHUNK_NBYTES`."""
-    return dataset.seq_len * max(1, _CHUNK_NBYTES // (dataset.seq_len * dataset.dtype.itemsize))
+    """Return the tokens of a chunk: whole samples, about `CHUNK_NBYTES`."""
+    return dataset.seq_len * max(1, CHUNK_NBYTES // (dataset.seq_len * dataset.dtype.itemsize))

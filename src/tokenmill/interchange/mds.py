@@ -19,7 +19,7 @@ from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files
 from tokenmill.interchange.output import Output
 from tokenmill.loading.data_root import Piece
 
-_SHARD_NBYTES = 1 << 26
+SHARD_NBYTES = 1 << 26
 """As MDSWriter has it by default."""
 _KINDS = {2: "uint16", 4: "int32"}
 
@@ -118,7 +118,7 @@ def _sample_nbytes(dataset: ExportedDataset) -> int:
 
 def _shards(dataset: ExportedDataset) -> list[int]:
     """Return the samples of each shard."""
-    most = max(1, (_SHARD_NBYTES - 8192) // (_sample_nbytes(dataset) + 4))
+    most = max(1, (SHARD_NBYTES - 8192) // (_sample_nbytes(dataset) + 4))
     whole, rest = divmod(dataset.samples, most)
     return [most] * whole + [rest] * (rest > 0)
 
@@ -133,7 +133,7 @@ def _fields(dataset: ExportedDataset) -> dict[str, Any]:
         "format": "mds",
         "compression": None,
         "hashes": ["sha256"],
-        "size_limit": _SHARD_NBYTES,
+        "size_limit": SHARD_NBYTES,
         "column_names": ["tokens"],
         "column_encodings": [f"ndarray:{_KINDS[dataset.dtype.itemsize]}:{dataset.seq_len}"],
         "column_sizes": [_sample_nbytes(dataset)],

@@ -32,7 +32,7 @@ BATCH_ROWS = 1 << 18
 """Rows of a batch, however short they are."""
 BATCHES_AHEAD = 1
 """Batches whose spans are found ahead of their being encoded."""
-_BLOCK_ROWS = 16_384
+BLOCK_ROWS = 16_384
 """Rows that are taken out of the reorder buffer at once."""
 
 
@@ -336,10 +336,10 @@ class Driver:
 
     def _emit(self, rows: Rows) -> None:
         """Hand rows to the executor in blocks, cut at shard ends."""
-        for at in range(0, len(rows), _BLOCK_ROWS):
+        for at in range(0, len(rows), BLOCK_ROWS):
             if self._at_stop():
                 return
-            block = self._buffer.take(rows[at : at + _BLOCK_ROWS])
+            block = self._buffer.take(rows[at : at + BLOCK_ROWS])
             token, row = self._position, 0
             for part in cut(token, block.length, shard_size=self._recipe.shard_size, stop=self._stop):
                 row = part.end

@@ -25,7 +25,7 @@ from tokenmill.shards.pack import EmittedRows, ShardSlice
 from tokenmill.shards.token_sink import TokenSink
 
 DOCUMENTS_ROW_GROUP = 1 << 18
-_METADATA_NBYTES = 64 << 20
+METADATA_NBYTES = 64 << 20
 """Strings of metadata that end a row group earlier."""
 
 
@@ -166,8 +166,8 @@ class Documents:
     def _whole_group(self) -> int:
         """Return the rows of the next row group, 0 if it is not whole: decided by the documents, not by blocks."""
         ends = np.cumsum(self._sizes[:DOCUMENTS_ROW_GROUP])
-        if len(ends) and ends[-1] >= _METADATA_NBYTES:
-            return int(np.searchsorted(ends, _METADATA_NBYTES)) + 1
+        if len(ends) and ends[-1] >= METADATA_NBYTES:
+            return int(np.searchsorted(ends, METADATA_NBYTES)) + 1
         return DOCUMENTS_ROW_GROUP if self._waiting_rows >= DOCUMENTS_ROW_GROUP else 0
 
     def _write(self, rows: int) -> None:
