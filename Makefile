@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \
-	tests/corpus/test_listing.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
+	tests/corpus/test_listing.py tests/corpus/test_metadata.py tests/interchange/test_import.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
 	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
 
 .PHONY: demo test test-lowest test-cluster interop campaign check format clean

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from conftest import golden, golden_corpus, write_parquet, write_record
 from support.reference import documents, rows_in_order
-from support.runs import StopError, every_digest, golden_recipe, shard_digests, stop_after
+from support.runs import StopError, every_digest, golden_recipe, require_golden_views, shard_digests, stop_after
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
@@ -56,6 +56,8 @@ def test_golden_shards(tmp_path: Path, case: dict, workers: int, span_rows: int 
     summary = pretokenize(recipe, tmp_path / "out", workers=workers, span_rows=span_rows)
     assert shard_digests(tmp_path / "out") == case["shards"]
     assert summary.tokens == case["tokens"]
+    if workers == 1:
+        require_golden_views(tmp_path / "out", tmp_path, case["tokens_bin_sha256"])
 
 
 @pytest.mark.parametrize("case", golden("demo.json"), ids=lambda case: f"{case['order']}-seed{case['seed']}")

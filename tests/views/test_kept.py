@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import tempfile
 from fractions import Fraction
@@ -18,9 +16,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY, SHARED, golden, golden_corpus, text, write_parquet
+from conftest import SHARED, golden, golden_corpus, text, write_parquet
 from support.engines import PicklingEngine
-from support.runs import golden_recipe
+from support.runs import require_golden_views
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.loading.dataset import TokenDataset
 from tokenmill.loading.receipts import ReceiptWriter, check_receipt
@@ -49,34 +47,13 @@ def documents_of(view: Path) -> list[Any]:
     return [documents.document(number) for number in range(opened.document_count)]
 
 
-def golden_views(root: Path, folder: Path) -> dict[str, list[object]]:
-    """Tokens and the SHA-256 of all samples of the views of a golden data root."""
-    found = {}
-    for shuffle, split in (("documents", "train"), ("samples", "train"), ("none", "validation")):
-        spec = ViewSpec(sources=[ViewSource(name="golden", root=str(root))], seq_len=128, seed=1, holdout=0.1)
-        build_view(msgspec.structs.replace(spec, shuffle=shuffle, split=split), folder / shuffle)
-        dataset = TokenDataset(folder / shuffle)
-        digest = hashlib.sha256(np.ascontiguousarray(dataset[:]).tobytes()).hexdigest()
-        found[f"{shuffle} {split}"] = [dataset.tokens, digest]
-    return found
-
-
-VIEWS = json.loads((REPOSITORY / "tests" / "golden" / "views.json").read_text())
-
-
 @pytest.mark.parametrize("case", golden("demo.json"), ids=lambda case: f"{case['order']}-seed{case['seed']}")
 def test_golden_views(tmp_path: Path, case: dict) -> None:
-    """A view of a data set is the same for ever."""
+    """A view of a data set is the same for ever. Those of the real corpus are in tests/pipeline/test_pipeline.py."""
     fields = {field: case[field] for field in Recipe.__struct_fields__ if field in case}
     recipe = Recipe(dataset=str(golden_corpus(tmp_path / "corpus")), tokenizer=str(TOKENIZER), **fields)
     pretokenize(recipe, tmp_path / "root")
-    assert golden_views(tmp_path / "root", tmp_path) == VIEWS[case["tokens_sha256"]]
-
-
-@pytest.mark.parametrize("case", golden("shards.json"), ids=lambda case: f"seed{case['seed']}-{case['tokens']}")
-def test_golden_views_of_the_real_corpus(tmp_path: Path, case: dict) -> None:
-    pretokenize(golden_recipe(case), tmp_path / "root")
-    assert golden_views(tmp_path / "root", tmp_path) == VIEWS[case["tokens_bin_sha256"]]
+    require_golden_views(tmp_path / "root", tmp_path, case["tokens_sha256"])
 
 
 def test_the_holdout_is_the_same_for_any_tokenizer_engine_order_and_workers(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ FILE_NBYTES = 1 << 30
 GROUP_NBYTES = 64 << 20
 """Likewise of a row group."""
 _TYPES = {2: pa.uint16(), 4: pa.int32()}
+_VIEWS = {2: "<u2", 4: "<i4"}
 
 
 class HuggingFace:
@@ -148,7 +149,9 @@ def _write_file(dataset: ExportedDataset, file: OutputFile, groups: Iterator[_Ro
     with pq.ParquetWriter(pa.PythonFile(ByteSink(file), "w"), schema, compression="zstd") as writer:
         for group in groups:
             first = int(group.starts[0])
-            values = pa.array(np.ascontiguousarray(dataset.stream.read(first, group.end)).view(kind.to_pandas_dtype()))
+            values = pa.array(
+                np.ascontiguousarray(dataset.stream.read(first, group.end)).view(_VIEWS[dataset.dtype.itemsize])
+            )
             offsets = pa.array(np.append(group.starts, group.end) - first, pa.int32())
             table = group.origins.select(["source", "row", *(column.name for column in columns)])
             table = table.add_column(0, "input_ids", pa.ListArray.from_arrays(offsets, values))
