@@ -241,6 +241,32 @@ def test_files_that_are_not_what_they_say(
     assert not list((tmp_path / "in").glob("*.npy"))
 
 
+@pytest.mark.parametrize(
+    ("to", "name", "content"),
+    [
+        ("datatrove", "train/00000_train.ds.index", None),
+        ("torchtitan", "train/document_offsets.npy", None),
+        ("torchtitan", "train/document_offsets.npy", b"x"),
+        ("olmo", "train/part-00000.csv.gz", b"x"),
+        ("litdata", "train/index.json", b"x"),
+        ("litdata", "train/index.json", b"[]"),
+        ("mds", "train/index.json", b'{"shards": [{"format": "mds", "column_names": ["tokens"]}]}'),
+        ("parquet", "data/train-00000-of-00001.parquet", b"x"),
+        ("llmc", "train_000000.bin", b"x"),
+    ],
+)
+def test_damage_of_any_kind_is_no_traceback(
+    root: Path, tmp_path: Path, to: str, name: str, content: bytes | None
+) -> None:
+    export(root, tmp_path / "out", to)
+    if content is None:
+        (tmp_path / "out" / name).unlink()
+    else:
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(errors.ImportDataError):
+        import_data(tmp_path / "out", tmp_path / "in", to)
+
+
 def test_refusals(root: Path, tmp_path: Path) -> None:
     export(root, tmp_path / "out", "mds")
     for wrong, message in (

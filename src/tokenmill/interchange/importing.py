@@ -118,7 +118,13 @@ def import_data(
     record = find_record(source, split)
     known = _tokenizer(source, tokenizer, eos_id, None if record is None else _of_record(record))
     hints = Hints(split, None if dtype is None else _DTYPES[dtype], known.record.eos_id, record)
-    incoming = _format(kind).open(source, hints)
+    try:
+        incoming = _format(kind).open(source, hints)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # of files that others wrote
+        raise ImportDataError(
+            f"{source}: cannot be read as {kind}: {type(error).__name__}: {error}",
+            next_step="check --from; a file of the set may be missing or damaged: get it again",
+        ) from error
     fresh = _new_manifest(source, kind, incoming, known, seq_len=seq_len, shard_size=shard_size)
     atomic.make_root(root)
     with lock_data_root(root):
