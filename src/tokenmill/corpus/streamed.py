@@ -444,13 +444,15 @@ class ArrowFile(StreamedFile[Texts]):
         opened = native(self._opener(whole))
         with pa.memory_map(opened) if isinstance(opened, str) else opened as self._raw:
             self._read_share = 0.0
+            metadata: ArrowMetadata | None = None
             for batch in self._batches():
                 texts = batch.column(batch.schema.get_field_index(self._column))
                 require_sound(texts)
                 table: pa.Table | None = None
                 bad: dict[int, str] = {}
                 if self._metadata:
-                    table, bad = ArrowMetadata(self.name, batch.schema, self._metadata).read(batch)
+                    metadata = metadata or ArrowMetadata(self.name, batch.schema, self._metadata)
+                    table, bad = metadata.read(batch)
                 refuse_large(self.name, Texts(texts, bad, table), self._next_row, self._limit)
                 rows = max(1, len(texts) * TEXT_NBYTES // max(TEXT_NBYTES, texts.nbytes))
                 for at in range(0, len(texts), min(rows, self._span_rows)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tokenmill.dataroot.layout import smallest_dtype
+from tokenmill.dataroot.npy import token_dtype
 from tokenmill.interchange.dataset import ExportedDataset
 from tokenmill.interchange.format import require_whole_documents, running, write_arrays, write_tokens
 from tokenmill.interchange.incoming import Hints, Incoming, Tokens, find_files, whole_pieces
@@ -23,19 +24,18 @@ class Datatrove:
 
     name = "datatrove"
     reader = "nanotron, datatrove's DatatroveFolderDataset: folder OUT/train"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_whole_documents(dataset, self.name)
 
     def files(self, dataset: ExportedDataset, split: str) -> dict[str, int]:
         stem = f"{split}/00000_{split}.ds"
-        nbytes = dataset.tokens * _datatrove_dtype(dataset).itemsize
+        nbytes = dataset.tokens * token_dtype(smallest_dtype(dataset.tokenizer.vocab_size)).itemsize
         return {stem: nbytes, f"{stem}.index": 8 * dataset.documents, f"{stem}.metadata": 100}
 
     def write(self, dataset: ExportedDataset, split: str, output: Output) -> None:
         stem = f"{split}/00000_{split}.ds"
-        dtype = _datatrove_dtype(dataset)
+        dtype = token_dtype(smallest_dtype(dataset.tokenizer.vocab_size))
         write_tokens(dataset, stem, output, dtype)
         if not output.is_done(f"{stem}.index"):
             with output.file(f"{stem}.index") as file:
@@ -57,10 +57,6 @@ def _itemsize(path: Path, hints: Hints) -> int:
     metadata = Path(f"{path}.metadata")
     size = metadata.read_text().split("\n")[0].rpartition("|")[2] if metadata.is_file() else ""
     return int(size) if size in ("2", "4") else hints.itemsize(path)
-
-
-def _datatrove_dtype(dataset: ExportedDataset) -> np.dtype[Any]:
-    return np.dtype("<u2") if dataset.tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def _in_words(count: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -26,6 +25,7 @@ from tokenmill.interchange.output import (
     ExportedSplit,
     ExportRecord,
     Output,
+    is_written,
     load_export,
     require_foreign_to_none,
     require_room,
@@ -81,7 +81,6 @@ def export(
     *,
     validation: Path | str | None = None,
     copy: bool = False,
-    on_progress: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
     """Write a data set in the format of a trainer, or continue an earlier export.
 
@@ -91,7 +90,6 @@ def export(
         to: a name of `FORMATS`.
         validation: a data root or a view that becomes the validation set.
         copy: whether `tokens.bin` is copied where it could be linked.
-        on_progress: called with the name of each split that is begun.
 
     Raises:
         ExportError: the format cannot hold the data set, or `out` holds something else.
@@ -103,7 +101,7 @@ def export(
     kind = _format(to)
     datasets = _open(kind, root, validation)
     record = _record(out, kind, datasets)
-    if record.complete and all(_is_there(out, name, file.nbytes) for name, file in record.files.items()):
+    if record.complete and all(is_written(out, record, name) for name in record.files):
         return _finished(_report(out, kind, datasets, {}), record, "already complete", started)
     require_room(out, sum(size for name, size in _planned_files(kind, datasets).items() if name not in record.files))
     atomic.make_root(out)
@@ -113,7 +111,6 @@ def export(
         output = Output(out, record, copy=copy)
         try:
             for split, dataset in datasets.items():
-                on_progress(split)
                 kind.write(dataset, split, output)
                 output.settle()
                 done = record.splits[split]
@@ -135,10 +132,6 @@ def _finished(report: ExportReport, record: ExportRecord, status: str, started: 
         notes=record.notes,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _is_there(out: Path, name: str, nbytes: int) -> bool:
-    return (out / name).is_file() and (out / name).stat().st_size == nbytes
 
 
 def _format(name: str) -> Format:

@@ -24,8 +24,6 @@ class Format(Protocol):
     """As `--to` has it."""
     reader: str
     """What reads it."""
-    has_validation: bool
-    """Whether it has a place for a validation set."""
 
     def refuse(self, dataset: ExportedDataset) -> None:
         """Raise what stands against exporting a data set.
@@ -102,24 +100,15 @@ def smallest_unsigned(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= UINT16_IDS else "<u4")
 
 
-def write_tokens(
-    dataset: ExportedDataset,
-    name: str,
-    output: Output,
-    dtype: np.dtype[Any],
-    *,
-    before: bytes = b"",
-) -> None:
+def write_tokens(dataset: ExportedDataset, name: str, output: Output, dtype: np.dtype[Any]) -> None:
     """Write all tokens into a file, or link the one that holds just them."""
     if output.is_done(name):
         return
     whole = dataset.whole_file
-    same = dtype.itemsize == dataset.dtype.itemsize and not before
+    same = dtype.itemsize == dataset.dtype.itemsize
     if same and whole is not None and output.link(whole, name, dataset.digest()):
         return
     with output.file(name) as file:
-        if before:
-            file.write(before)
         for chunk in dataset.chunks():
             file.write(as_type(chunk, dtype))
 
@@ -131,13 +120,10 @@ def as_type(tokens: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return tokens.astype(dtype)
 
 
-def write_arrays(file: OutputFile, arrays: Iterator[NDArray[Any]], dtype: str) -> int:
-    """Write arrays one after the other in a type; return how many numbers that were."""
-    count = 0
+def write_arrays(file: OutputFile, arrays: Iterator[NDArray[Any]], dtype: str) -> None:
+    """Write arrays one after the other in a type."""
     for array in arrays:
         file.write(np.ascontiguousarray(array.astype(dtype, copy=False)))
-        count += len(array)
-    return count
 
 
 def running(

@@ -36,7 +36,6 @@ class HuggingFace:
 
     name = "parquet"
     reader = "datasets.load_dataset('OUT'), the Transformers trainers, the hub's viewer"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_whole_documents(dataset, self.name)

@@ -34,7 +34,6 @@ class LitData:
 
     name = "litdata"
     reader = "LitData, LitGPT: StreamingDataset('OUT/train', item_loader=TokensLoader(block_size=seq_len))"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_samples(dataset, self.name)

@@ -32,7 +32,6 @@ class LlmC:
 
     name = "llmc"
     reader = "llm.c: -i 'OUT/train_*.bin' -j 'OUT/val_*.bin'; modded-nanogpt"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         """Nothing stands against it: a file has at most 400 MB, and begins with a document or goes on with one."""

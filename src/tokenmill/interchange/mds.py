@@ -29,7 +29,6 @@ class Mds:
 
     name = "mds"
     reader = "MosaicML Streaming, llm-foundry: StreamingDataset(local='OUT', split='train')"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_samples(dataset, self.name)

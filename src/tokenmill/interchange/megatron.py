@@ -40,7 +40,6 @@ class Megatron:
 
     name = "megatron"
     reader = "Megatron-LM, Megatron-Bridge, NeMo: --data-path OUT/train"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_whole_documents(dataset, self.name)

@@ -22,7 +22,6 @@ class NanoGpt:
 
     name = "nanogpt"
     reader = "nanoGPT: dataset folder OUT"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_uint16(dataset, self.name)

@@ -35,7 +35,6 @@ class Olmo:
 
     name = "olmo"
     reader = "OLMo-core: NumpyFSLDataset(paths of OUT/train/*.npy)"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_whole_documents(dataset, self.name)

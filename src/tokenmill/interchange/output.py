@@ -180,9 +180,7 @@ class Output:
 
     def is_done(self, name: str) -> bool:
         """Whether an earlier run finished a file."""
-        done = self.record.files.get(name)
-        path = self.folder / name
-        return done is not None and path.is_file() and path.stat().st_size == done.nbytes
+        return is_written(self.folder, self.record, name)
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[OutputFile]:
@@ -268,6 +266,12 @@ class Output:
                 f"{path}: expected what was written, sha256 {written.sha256}, found {found}",
                 next_step="check the disk; delete the directory, and run the same command again",
             )
+
+
+def is_written(folder: Path, record: ExportRecord, name: str) -> bool:
+    """Whether a file is recorded, and there in its size."""
+    done, path = record.files.get(name), folder / name
+    return done is not None and path.is_file() and path.stat().st_size == done.nbytes
 
 
 def save_export(folder: Path, record: ExportRecord) -> None:

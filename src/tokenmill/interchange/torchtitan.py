@@ -21,7 +21,6 @@ class TorchTitan:
 
     name = "torchtitan"
     reader = "loaders that cut a mapped stream at offsets (docs/trainers.md has one for torchtitan)"
-    has_validation = True
 
     def refuse(self, dataset: ExportedDataset) -> None:
         require_whole_documents(dataset, self.name)

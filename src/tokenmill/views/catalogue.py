@@ -109,7 +109,7 @@ class Catalogue:
 
 
 def taken_metadata(catalogue: Catalogue, places: NDArray[np.int64], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield the metadata of the documents that begin at `places`, as `taken_documents`; what is not there is null."""
+    """Yield the metadata of the documents that begin at `places`, which ascend; what is not there is null."""
     for table, documents in catalogue.tables():
         at = np.searchsorted(places, documents.start)
         taken = table.filter(pa.array(at < np.searchsorted(places, documents.start, side="right")))
