@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenmill.loading.receipts import check_receipt as check_receipt
     from tokenmill.loading.receipts import load_receipt as load_receipt
     from tokenmill.loading.samplers import EpochSampler as EpochSampler
+    from tokenmill.loading.samplers import SequentialSampler as SequentialSampler
     from tokenmill.loading.samplers import ValidatorSampler as ValidatorSampler
     from tokenmill.loading.samplers import WindowSampler as WindowSampler
     from tokenmill.options import StoreOptions as StoreOptions
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from tokenmill.views.disjoint import prove_disjoint as prove_disjoint
     from tokenmill.views.spec import ViewSource as ViewSource
     from tokenmill.views.spec import ViewSpec as ViewSpec
+    from tokenmill.views.spec import ViewStage as ViewStage
     from tokenmill.views.spec import load_spec as load_spec
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "ReceiptWriter": "loading.receipts",
     "Recipe": "recipe",
     "Selection": "transfer.selection",
+    "SequentialSampler": "loading.samplers",
     "StoreOptions": "options",
     "Summary": "pipeline.summary",
     "TokenDataset": "loading.dataset",
@@ -55,6 +58,7 @@ _HOMES = {
     "ValidatorSampler": "loading.samplers",
     "ViewSource": "views.spec",
     "ViewSpec": "views.spec",
+    "ViewStage": "views.spec",
     "WindowSampler": "loading.samplers",
     "buffer_order": "corpus.order",
     "build_view": "views.build",
@@ -80,6 +84,7 @@ __all__ = [
     "ReceiptWriter",
     "Recipe",
     "Selection",
+    "SequentialSampler",
     "StoreOptions",
     "Summary",
     "TokenDataset",
@@ -87,6 +92,7 @@ __all__ = [
     "ValidatorSampler",
     "ViewSource",
     "ViewSpec",
+    "ViewStage",
     "WindowSampler",
     "buffer_order",
     "build_view",

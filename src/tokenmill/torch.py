@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tokenmill.dataroot import layout
-from tokenmill.loading import dataset
+from tokenmill.loading import batches, dataset
 from tokenmill.loading.dataset import ShardSamples
+from tokenmill.loading.samplers import EpochSampler, SequentialSampler
 
 try:
     import torch
-    from torch.utils.data import DataLoader, Dataset, get_worker_info
+    from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
     from torch.utils.data._utils.collate import default_collate_fn_map
 except ImportError as error:
     raise ImportError(
@@ -25,21 +27,34 @@ except ImportError as error:
     ) from (error)
 
 
-class TokenDataset(Dataset[torch.Tensor]):
+Batch = torch.Tensor | dict[str, Any]
+"""Samples, shape `(n, seq_len)`; or fields by name, tensors but for `max_seqlen`."""
+
+
+class TokenDataset(Dataset[Any]):
     """The samples of a data root as tensors, for a `torch.utils.data.DataLoader`.
 
     `ds[i]` is a sample, shape `(seq_len,)`, and `ds[[3, 1, 2]]` a batch, shape `(3, seq_len)`: memory of their
     own, never the file. Any `DataLoader` takes it, and PyTorch's own collation copies no batch again.
 
+    With `fields`, a sample or a batch is a dict instead, of what `batches.expand` describes: `input_ids`, `labels`,
+    `loss_mask`, `position_ids`, `cu_seqlens`, `max_seqlen`, `source`. `cu_seqlens` are those of all tokens of a batch,
+    as kernels for packed sequences take them.
+
     Args:
         root, seq_len, stored_dtype, tokenizer_sha256: as `root`, `seq_len`, `dtype`, `tokenizer_sha256` of
             `tokenmill.TokenDataset`.
         dtype: of the tensors; None keeps the stored one (`torch.uint16` or `torch.uint32`): a quarter or half
-            of the bytes to move to a GPU, to be cast there.
+            of the bytes to move to a GPU, to be cast there. `labels` are int64 always.
+        fields: names of what a batch consists of; None makes it a tensor of ids.
+        mask_across_documents: whether a document's last token has no target, as that would be the first one of
+            another document.
+        cu_seqlens_len: length that `cu_seqlens` is padded to, for compiled graphs: `batch_size * max_documents() + 1`
+            is enough for any batch.
 
     Raises:
         DataRootError: as `tokenmill.TokenDataset`.
-        ValueError: `dtype` cannot hold the tokens.
+        ValueError: `dtype` cannot hold the tokens, or there is no such field.
     """
 
     def __init__(
@@ -50,6 +65,9 @@ class TokenDataset(Dataset[torch.Tensor]):
         seq_len: int | None = None,
         stored_dtype: str | None = None,
         tokenizer_sha256: str | None = None,
+        fields: Sequence[str] | None = None,
+        mask_across_documents: bool = False,
+        cu_seqlens_len: int | None = None,
     ) -> None:
         self.data = dataset.TokenDataset(root, seq_len=seq_len, dtype=stored_dtype, tokenizer_sha256=tokenizer_sha256)
         """The same samples as NumPy arrays."""
@@ -57,24 +75,122 @@ class TokenDataset(Dataset[torch.Tensor]):
         largest = (self.data.vocab_size or np.iinfo(self.data.dtype).max + 1) - 1
         if dtype is not None and (dtype.is_floating_point or torch.iinfo(dtype).max < largest):
             raise ValueError(f"dtype: {dtype} does not hold token ids up to {largest}: give torch.int64, or None")
+        options = {"mask_across_documents": mask_across_documents, "cu_seqlens_len": cu_seqlens_len}
+        if fields is None and any(options.values()):
+            raise ValueError(f"{', '.join(name for name, value in options.items() if value)}: only with fields")
+        self._spec = (
+            None
+            if fields is None
+            else batches.spec_of(fields, mask_across_documents=mask_across_documents, cu_seqlens_len=cu_seqlens_len)
+        )
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int | list[int]) -> torch.Tensor:
+    def __getitem__(self, index: int | list[int]) -> Batch:
+        if self._spec is not None:
+            indices = index if isinstance(index, list) else [operator.index(index)]
+            batch = _expanded(batches.gather(self.data, indices, self._spec), self._spec, self.dtype)
+            return batch if isinstance(index, list) else _only_sample(batch)
         if isinstance(index, list):
-            batch = torch.empty((len(index), self.data.seq_len), dtype=self.dtype)
-            self.data.gather(index, batch.numpy())
-            return batch
+            tokens = torch.empty((len(index), self.data.seq_len), dtype=self.dtype)
+            self.data.gather(index, tokens.numpy())
+            return tokens
         return _widened(self.data[index], self.dtype)
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> Sequence[Batch]:
         """Return the samples of a batch, gathered at once, for a `DataLoader`."""
+        if self._spec is not None:
+            return _Samples(batches.gather(self.data, indices, self._spec), self._spec, self.dtype)
         return _Rows(self.data.gather(indices), self.dtype)
 
     def sample_id(self, index: int) -> int:
         """Return the id of a sample."""
         return self.data.sample_id(index)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of what samples come from, by their number in the field `source`."""
+        return self.data.sources
+
+    def max_documents(self) -> int:
+        """Return the most documents that any sample holds; it looks at all of them."""
+        return self.data.max_documents()
+
+
+class Loader(DataLoader[Any]):
+    """A `DataLoader` that says how far its consumer has come; `loader` makes it.
+
+    `state_dict()` and `load_state_dict()` follow `torchdata.stateful_dataloader`: a state that was loaded holds for the
+    next iteration. It counts the samples of all ranks together, as `start` of a sampler does, so that other ranks,
+    batch sizes and workers go on from it.
+    """
+
+    def __init__(self, data: Any, sampler: Iterable[int], **options: Any) -> None:
+        self._order = _Order(sampler)
+        super().__init__(data, sampler=self._order, **options)
+
+    def __iter__(self) -> Any:
+        """Iterate over batches, from the state that was loaded if one was."""
+        self._order.begin()
+        for batch in super().__iter__():
+            self._order.count(self.batch_size or 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what `load_state_dict` of any loader of the same data takes."""
+        return self._order.state()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration go on from a state.
+
+        Raises:
+            ValueError: it is of another data set or another order.
+        """
+        self._order.load(state)
+
+
+class _Order:
+    """A sampler that goes on where another stopped."""
+
+    def __init__(self, sampler: Iterable[int]) -> None:
+        self._given = self._now = sampler
+        self._loaded: Iterable[int] | None = None
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._now)
+
+    def __len__(self) -> int:
+        return len(self._now if self._loaded is None else self._loaded)  # type: ignore[arg-type]
+
+    def begin(self) -> None:
+        self._now, self._loaded, self._taken = self._loaded or self._given, None, 0
+
+    def count(self, samples: int) -> None:
+        self._taken = min(self._taken + samples, len(self))
+
+    def state(self) -> dict[str, int]:
+        sampler, taken = (self._now, self._taken) if self._loaded is None else (self._loaded, 0)
+        if not isinstance(sampler, EpochSampler | SequentialSampler):
+            raise TypeError(
+                f"state_dict: expected an EpochSampler or a SequentialSampler, which can begin anywhere, found "
+                f"{type(sampler).__name__}"
+            )
+        samples = min(sampler.dataset_len, sampler.start + taken * sampler.world_size)
+        of_epoch = {"seed": sampler.seed, "epoch": sampler.epoch} if isinstance(sampler, EpochSampler) else {}
+        return {"dataset_len": sampler.dataset_len, **of_epoch, "samples": samples}
+
+    def load(self, state: dict[str, int]) -> None:
+        ours = {**self.state(), "samples": state.get("samples"), "epoch": state.get("epoch")}
+        theirs = {**ours, **state}
+        if theirs != ours or "samples" not in state or ("epoch" in state) != isinstance(self._given, EpochSampler):
+            raise ValueError(
+                f"load_state_dict: the state is of other data or of another order: expected {self.state()} but for "
+                f"epoch and samples, found {state}"
+            )
+        changes = {"start": state["samples"]} | ({"epoch": state["epoch"]} if "epoch" in state else {})
+        self._loaded = msgspec.structs.replace(self._given, **changes)  # type: ignore[type-var]
 
 
 def loader(
@@ -85,8 +201,8 @@ def loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     drop_last: bool = True,
-) -> DataLoader[torch.Tensor]:
-    """Batches of shape `(batch_size, seq_len)`, each gathered straight into one tensor.
+) -> Loader:
+    """Batches of shape `(batch_size, seq_len)`, each gathered straight into one tensor; or of the data set's `fields`.
 
     Worker processes hand over the stored tokens, a quarter of the bytes, and this one makes tensors of them.
 
@@ -98,14 +214,77 @@ def loader(
         pin_memory: as `DataLoader` means it.
         drop_last: leave out a last batch that is short.
     """
-    return DataLoader(
+    return Loader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        sampler,
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         drop_last=drop_last,
     )
+
+
+class _Samples(Sequence[dict[str, Any]]):
+    """The samples of a batch that were gathered at once; a collate function of one's own takes them as dicts."""
+
+    def __init__(self, gathered: batches.Gathered, spec: batches.BatchSpec, dtype: torch.dtype) -> None:
+        self._gathered, self._spec, self._dtype = gathered, spec, dtype
+
+    def __len__(self) -> int:
+        return len(self._gathered.windows.tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a batch of {len(self)}")
+        sample = batches.sample_of(self._gathered, index % len(self))
+        return _FirstSample(_only_sample(_expanded(sample, self._spec, self._dtype)))
+
+    def collated(self) -> dict[str, Any] | _GatheredFields:
+        """Return the batch."""
+        if get_worker_info() is None:
+            return _expanded(self._gathered, self._spec, self._dtype)
+        return _GatheredFields(self._gathered, self._spec, self._dtype)
+
+
+class _FirstSample(dict[str, Any]):
+    """A sample with fields; as of `_First`, it tells PyTorch's own collate function how to go on."""
+
+
+def _collate_samples(samples: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
+    if isinstance(samples, _Samples):
+        return samples.collated()
+    return default_collate([dict(sample) for sample in samples])
+
+
+default_collate_fn_map[_FirstSample] = _collate_samples
+
+
+class _GatheredFields:
+    """A batch with fields on its way out of a worker process, as it was read; it arrives as tensors."""
+
+    def __init__(self, *of: Any) -> None:
+        self._of = of
+
+    def __reduce__(self) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+        return _expanded, self._of
+
+
+def _expanded(gathered: batches.Gathered, spec: batches.BatchSpec, dtype: torch.dtype) -> dict[str, Any]:
+    found = batches.expand(gathered, spec)
+    return {
+        name: _widened(value, dtype)
+        if name == "input_ids"
+        else torch.from_numpy(value)
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in found.items()
+    }
+
+
+def _only_sample(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the one sample of a batch."""
+    whole = ("cu_seqlens", "max_seqlen")
+    return {name: value if name in whole else value[0] for name, value in batch.items()}
 
 
 class _First(torch.Tensor):
@@ -154,7 +333,7 @@ class _Gathered:
 
 def _widened(tokens: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """Return tokens as a tensor with memory of its own, or with that of an array that was made for it."""
-    if tokens.flags.writeable and dtype is getattr(torch, tokens.dtype.name, None):
+    if tokens.flags.writeable and tokens.flags.c_contiguous and dtype is getattr(torch, tokens.dtype.name, None):
         return torch.from_numpy(tokens)
     batch = torch.empty(tokens.shape, dtype=dtype)
     batch.numpy()[...] = tokens

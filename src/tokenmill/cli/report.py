@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from tokenmill.cli.progress import count, duration
-from tokenmill.dataroot.layout import SAMPLE_IDS, SKIPPED, TOKENS
+from tokenmill.dataroot.layout import SAMPLE_IDS, SCHEDULE_PERIOD, SKIPPED, TOKENS
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
     from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.shards.consolidate import ConsolidationReport
     from tokenmill.transfer.selection import TransferReport as Transfer
     from tokenmill.verification.verify import Verification
+    from tokenmill.views.build import PackingPlan
     from tokenmill.views.disjoint import Disjointness
     from tokenmill.views.write import WriteReport
 
@@ -299,10 +300,12 @@ def _origin(part: DocumentSlice) -> str:
 def samples_lines(found: Samples) -> list[str]:
     """Return the samples of a source row."""
     numbers = ", ".join(f"{sample:,}" for sample in found.samples) or "none: after the last whole sample"
-    return [
-        f"{found.source} row {found.row:,}: tokens {found.begin:,} to {found.end - 1:,} of the stream",
-        f"  samples {numbers}",
-    ]
+    where = (
+        "in pieces"
+        if found.begin is None or found.end is None
+        else (f"tokens {found.begin:,} to {found.end - 1:,} of the stream")
+    )
+    return [f"{found.source} row {found.row:,}: {where}", f"  samples {numbers}"]
 
 
 _COLOURS = ("\x1b[97;48;5;236m", "\x1b[97;48;5;24m")
@@ -315,7 +318,12 @@ def sample_lines(found: Sample, *, colour: bool) -> list[str]:
     for part in found.place.documents:
         tokens = found.tokens[part.begin - found.place.begin : part.end - found.place.begin]
         lines += ["", f"\u2500\u2500 {_origin(part)} \u2500\u2500", *_bounded(tokens, colour).split("\n")]
-    return lines
+    return lines + _padding_lines(found)
+
+
+def _padding_lines(found: Sample) -> list[str]:
+    padding = len(found.tokens) - sum(part.end - part.begin for part in found.place.documents)
+    return ["", f"\u2500\u2500 {_plural(padding, 'token')} of padding \u2500\u2500"] if padding else []
 
 
 def _bounded(tokens: list[Token], colour: bool) -> str:
@@ -343,7 +351,7 @@ def token_lines(found: Sample) -> list[str]:
         for at in range(part.begin, part.end):
             token = found.tokens[at - found.place.begin]
             lines.append(f"{at:>15,} {token.id:>8}  {token.text!r}")
-    return lines
+    return lines + _padding_lines(found)
 
 
 def stats_lines(found: Stats) -> list[str]:
@@ -412,11 +420,15 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
     """Describe a view: what it takes of each source, and what it leaves out and why."""
     split = f"{record.split}, of a holdout of {record.holdout:g}" if record.holdout else "none"
     order = {"documents": "documents shuffled", "samples": "samples shuffled", "none": "as stored"}[record.shuffle]
-    tail = record.tokens - record.samples * record.seq_len
+    if record.stages:
+        tail = sum(source.span - source.samples * record.seq_len for source in record.sources)
+    else:
+        tail = record.tokens + record.padding - record.samples * record.seq_len
     lines = {
         "documents": f"{record.documents:,}",
         "tokens": f"{record.tokens:,} ({record.dtype}), of which {tail:,} after the last sample",
         "samples": f"{record.samples:,} of {record.seq_len:,} tokens",
+        "packing": _packing(record),
         "order": f"{order}, seed {record.seed}" if record.shuffle != "none" else order,
         "split": split,
         "tokenizer": f"tokenizer.json sha256 {record.tokenizer_sha256}",
@@ -427,6 +439,7 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
         lines["duplicates"] = f"{_plural(duplicates, 'document')} with a text that an earlier one has"
     shown = [f"{name:<12} {value}" for name, value in lines.items()]
     shown += [f"{'note':<12} {note}" for note in record.notes]
+    shown += _stage_lines(record)
     shown += ["", f"{'taken':>13} {'of':>13}  source"]
     for source in record.sources:
         shown.append(f"{source.taken:>13,} {source.documents:>13,}  {source.name}: {source.root}")
@@ -437,6 +450,46 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
         shown += [
             f"{'':>13} {count:>13,}  left out: {_REASONS.get(why, why)}" for why, count in source.left_out.items()
         ]
+    return shown
+
+
+def _packing(record: ViewRecord) -> str:
+    if record.packing == "concat":
+        return "concat: samples are cut from the row of documents"
+    row = record.tokens + record.padding
+    padding = f"{record.padding:,} tokens of padding ({record.padding / max(1, row):.3%})"
+    return f"best-fit: {padding}, {_plural(record.cut, 'document')} cut, as longer than a sample"
+
+
+def _stage_lines(record: ViewRecord) -> list[str]:
+    """Describe the stages of a mixture; epochs are counted from the first stage on."""
+    shown: list[str] = []
+    samples = {source.name: source.samples for source in record.sources}
+    taken = dict.fromkeys(samples, 0)
+    for number, stage in enumerate(record.stages, start=1):
+        tokens = stage.samples * record.seq_len
+        shown += ["", f"stage {number}: {stage.samples:,} samples, {tokens:,} tokens"]
+        shown.append(f"{'samples':>13} {'tokens':>17} {'share':>8} {'wanted':>8} {'epochs':>8}  source")
+        for name, share in stage.shares.items():
+            here = stage.taken.get(name, 0)
+            taken[name] += here
+            met, wanted = here / max(1, stage.samples), share / SCHEDULE_PERIOD
+            epochs = taken[name] / max(1, samples[name])
+            shown.append(f"{here:>13,} {here * record.seq_len:>17,} {met:>8.4f} {wanted:>8.4f} {epochs:>8.3f}  {name}")
+    return shown
+
+
+def packing_lines(record: ViewRecord, plans: list[PackingPlan]) -> list[str]:
+    """Compare ways to make samples, each epoch of each source once; the view's own is marked."""
+    shown = ["", f"{'seq_len':>9}  {'packing':<8} {'samples':>13} {'documents':>10} {'cut':>12} {'padding':>13}  tail"]
+    shown.append(f"{'':>9}  {'':<8} {'':>13} {'per sample':>10} {'documents':>12} {'':>13}")
+    for plan in plans:
+        own = " *" if (plan.packing, plan.seq_len) == (record.packing, record.seq_len) else ""
+        padding = f"{plan.padding / max(1, plan.samples * plan.seq_len):.3%}"
+        shown.append(
+            f"{plan.seq_len:>9,}  {plan.packing:<8} {plan.samples:>13,} {plan.documents_per_sample:>10,.2f} "
+            f"{plan.cut:>12,} {padding:>13}  {plan.tail:,}{own}"
+        )
     return shown
 
 

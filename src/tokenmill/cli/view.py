@@ -41,7 +41,14 @@ _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progre
 @_quiet_option
 @json_option
 def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
-    """Say what the view that FILE.toml describes would be: documents, tokens, samples, and what is left out and why."""
+    """Say what the view that FILE.toml describes would be, and store nothing.
+
+    That is documents, tokens, samples, and what is left out and why; for a mixture what each stage takes of each
+    source, and how often; and for both ways of packing and several lengths how much is padding, and how many documents
+    are cut.
+    """
+    import msgspec
+
     from tokenmill.cli import report
     from tokenmill.cli.progress import count_display
     from tokenmill.views.build import plan_view
@@ -51,8 +58,10 @@ def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
         end_on_signals(lambda: "nothing was written"),
         count_display("documents", quiet=quiet or as_json) as on_progress,
     ):
-        built = plan_view(load_spec(spec), on_progress=on_progress)
-    print_result(built.record, report.view_lines(built.record, built.duplicates), as_json=as_json)
+        built = plan_view(load_spec(spec), compare_packings=True, on_progress=on_progress)
+    lines = report.view_lines(built.record, built.duplicates)
+    found = msgspec.to_builtins(built.record) | {"packings": built.packings}
+    print_result(found, [*lines, *report.packing_lines(built.record, built.packings)], as_json=as_json)
 
 
 @view.command(short_help="Store a view in a directory.")

@@ -15,6 +15,7 @@ from tokenmill.recipe import Positive
 
 Shuffle = Literal["documents", "samples", "none"]
 Split = Literal["train", "validation"]
+Packing = Literal["concat", "best-fit"]
 Identity = Literal["text", "tokens"]
 """What the hash of a document is made of: its text, or, where the data root has no hashes of text, its tokens."""
 
@@ -39,6 +40,22 @@ class SourceRecord(msgspec.Struct, kw_only=True):
     """Documents of it that are in the view."""
     left_out: dict[str, int] = {}
     """The other documents, by reason."""
+    max_epochs: float | None = None
+    """In a mixture: how often each of its samples may come."""
+    span: Natural = 0
+    """In a mixture: tokens of its documents, padding included."""
+    samples: Natural = 0
+    """In a mixture: samples of one epoch."""
+
+
+class StageRecord(msgspec.Struct, kw_only=True):
+    """A stage of a mixture."""
+
+    samples: Natural
+    shares: dict[str, Natural]
+    """Of `layout.SCHEDULE_PERIOD` samples, how many come from each source that has any."""
+    taken: dict[str, Natural]
+    """Of the samples of the stage, how many come from each of them."""
 
 
 class ViewRecord(msgspec.Struct, kw_only=True):
@@ -61,20 +78,56 @@ class ViewRecord(msgspec.Struct, kw_only=True):
     """Number of tokens of its documents; those after the last whole sample are in no sample."""
     notes: list[str] = []
     """What a user should know of it."""
+    packing: Packing = "concat"
+    padding: Natural = 0
+    """Tokens of padding in the samples of one epoch."""
+    padding_id: Natural | None = None
+    """What padding is: EOS."""
+    index_entries: Natural | None = None
+    """Entries of the index, where they are not the documents: pieces of documents, and padding."""
+    cut: Natural = 0
+    """Documents that `best-fit` cuts, as they are longer than a sample."""
+    stages: list[StageRecord] = []
+    """Of a mixture."""
     begins_sha256: str = ""
     places_sha256: str = ""
+    schedule_sha256: str = ""
     digests: dict[str, str] = {}
     """SHA-256 of every other field, as in the manifest."""
 
     @property
     def samples(self) -> int:
-        """Number of whole samples."""
-        return self.tokens // self.seq_len
+        """Number of whole samples; of a mixture, those of all stages."""
+        if self.stages:
+            return sum(stage.samples for stage in self.stages)
+        return (self.tokens + self.padding) // self.seq_len
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the index."""
+        return self.documents if self.index_entries is None else self.index_entries
+
+    @property
+    def shuffles_samples(self) -> bool:
+        """Whether samples are put in a random order, in a mixture those of each source and epoch."""
+        draws = self.packing == "best-fit" or bool(self.stages)
+        return self.shuffle == "samples" or (draws and self.shuffle == "documents")
+
+    @property
+    def index_sha256(self) -> dict[str, str]:
+        """SHA-256 of the files of the index, by name."""
+        found = {layout.VIEW_BEGINS: self.begins_sha256, layout.VIEW_PLACES: self.places_sha256}
+        return found | ({layout.VIEW_SCHEDULE: self.schedule_sha256} if self.stages else {})
 
     @property
     def samples_sha256(self) -> str:
         """SHA-256 of all that defines the samples, wherever the data roots lie; what a receipt names."""
-        order = [self.shuffle, self.seed] if self.shuffle == "samples" else []
+        order: list[object] = [self.shuffle, self.seed] if self.shuffles_samples else []
+        if self.packing != "concat":
+            order += [self.packing, self.padding_id]
+        if self.stages:
+            order += [self.schedule_sha256, [stage.samples for stage in self.stages]]
+            order += [[source.name, source.span] for source in self.sources]
         pins = [source.pin for source in self.sources]
         defined = [self.seq_len, self.begins_sha256, self.places_sha256, pins, order]
         return hashlib.sha256(msgspec.json.encode(defined)).hexdigest()

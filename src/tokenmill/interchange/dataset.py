@@ -46,6 +46,11 @@ class ExportedDataset:
     def __init__(self, root: Path) -> None:
         self.found = open_root(root)
         self.root = root
+        if isinstance(self.found, OpenView) and self.found.view.padding_id is not None:
+            raise ExportError(
+                f"{root}: its samples are packed with padding, which other formats cannot tell from text",
+                next_step='export a view with packing = "concat"; trainers read this one through tokenmill.torch',
+            )
         self.stream = self.found.tokens()
         if isinstance(self.stream, TokenStream):
             self.stream.limit_resident(_RESIDENT_NBYTES)
@@ -71,8 +76,8 @@ class ExportedDataset:
 
     @property
     def cuts_documents(self) -> bool:
-        """Whether documents lie in pieces, as samples are shuffled."""
-        return isinstance(self.found, OpenView) and self.found.view.shuffle == "samples"
+        """Whether documents lie in pieces, as samples are put in an order of their own."""
+        return isinstance(self.found, OpenView) and self.found.cuts_documents
 
     @property
     def identity(self) -> str:

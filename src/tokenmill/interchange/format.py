@@ -54,12 +54,14 @@ def require_whole_documents(dataset: ExportedDataset, name: str) -> None:
     """Require that documents lie in one piece, for formats that say where they begin.
 
     Raises:
-        ExportError: samples are shuffled.
+        ExportError: samples are put in an order of their own.
     """
     if dataset.cuts_documents:
         raise ExportError(
-            f"{dataset.root}: its samples are shuffled, which cuts documents, and {name} is about documents",
-            next_step='build a view with shuffle = "documents" or "none"; trainers shuffle samples by themselves',
+            f"{dataset.root}: its samples are shuffled or drawn by weight, which cuts documents, and {name} is about "
+            "documents",
+            next_step='build a view without weights, with shuffle = "documents" or "none"; trainers shuffle samples by '
+            "themselves",
         )
 
 

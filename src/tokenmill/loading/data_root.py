@@ -40,6 +40,21 @@ class Piece(NamedTuple):
     """Bytes before the first token."""
 
 
+class Windows(NamedTuple):
+    """Samples with what follows them, and where documents begin in them; `n` samples of `t` tokens."""
+
+    tokens: NDArray[Any]
+    """Each sample and the token after it, of the stored dtype, shape `(n, t + 1)`."""
+    has_next: NDArray[np.bool_]
+    """Whether there is a token after each sample, shape `(n,)`; where there is none, anything may be in its place."""
+    bounds: NDArray[np.int64]
+    """Where each document, piece of one, or stretch of padding begins, counted over all `n * t` tokens, and `n * t`."""
+    next_begins: NDArray[np.bool_]
+    """Whether the token after each sample begins a document, shape `(n,)`."""
+    padding: NDArray[np.int64]
+    """Where padding begins and ends, counted as `bounds`, shape `(stretches, 2)`."""
+
+
 class TokenStream:
     """The token stream of a data root, from `tokens.bin` or from its shards. Threads and forks may share one.
 
@@ -183,11 +198,6 @@ class DataRoot(NamedTuple):
         """Source files, as the manifest lists them."""
         return [] if self.manifest is None else self.manifest.files
 
-    def samples_with(self, begin: int, end: int) -> list[int]:
-        """Return the whole samples that hold tokens `begin` to before `end`."""
-        whole = self.tokens().tokens // self.seq_len
-        return list(range(begin // self.seq_len, min(whole, (end - 1) // self.seq_len + 1)))
-
     def tokens(self) -> TokenStream:
         """Its tokens, from `tokens.bin` or from its shards, whichever is there.
 
@@ -232,7 +242,7 @@ class DataRoot(NamedTuple):
                 f"{self.root}: where its tokens come from is not known: expected {layout.MANIFEST}, found none",
                 next_step="only data roots that tokenmill pretokenize made have provenance",
             )
-        return DocumentIndex(self.root, self.manifest)
+        return DocumentIndex(self.root, self.manifest, self.seq_len)
 
     def sample_ids(self) -> NDArray[np.uint64]:
         """Return the ids of all samples, shape `(samples,)`.

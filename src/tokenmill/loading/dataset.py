@@ -21,11 +21,20 @@ from tokenmill.dataroot.inventory import find_shards_of, read_header
 from tokenmill.dataroot.manifest import Consolidated
 from tokenmill.dataroot.proof import choose_scheme
 from tokenmill.errors import DataRootError
-from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, Piece, TokenStream, map_sample_ids, not_consolidated
+from tokenmill.loading.data_root import (
+    PLACES_AT_ONCE,
+    DataRoot,
+    Piece,
+    TokenStream,
+    Windows,
+    map_sample_ids,
+    not_consolidated,
+)
 from tokenmill.loading.view import OpenView, ViewStream, open_view
 
 ROOT_VARIABLE = "DATASET_BINS_PATH"
 """Environment variable that names the data root where no argument does, as Templar's trainer has it."""
+_COUNTED_SAMPLES = 1 << 16
 
 
 class TokenDataset:
@@ -138,6 +147,9 @@ class TokenDataset:
         wanted = self._indices(indices)
         if out is None:
             out = np.empty((len(wanted), self.seq_len), self.dtype)
+        if isinstance(self._stream, ViewStream):
+            self._stream.gather(wanted, out)
+            return out
         if self._rows is None:
             for row, begin in zip(out, (wanted * self.seq_len).tolist(), strict=True):
                 row[...] = self._stream.read(begin, begin + self.seq_len)
@@ -150,6 +162,91 @@ class TokenDataset:
             else:
                 into[...] = self._rows.take(some, axis=0, mode="clip")
         return out
+
+    def windows(self, indices: list[int] | NDArray[np.integer[Any]], *, with_bounds: bool) -> Windows:
+        """Return samples at `indices` with the token that follows each, and where documents begin in them.
+
+        Args:
+            indices: any samples in any order, shape `(n,)`.
+            with_bounds: whether bounds of documents are wanted; they are empty otherwise, but in a view.
+
+        Raises:
+            IndexError: there is no such sample.
+            DataRootError: bounds are wanted, and no manifest says where documents begin, or a sidecar is missing.
+        """
+        wanted = self._indices(indices)
+        if isinstance(self._stream, ViewStream):
+            return self._stream.windows(wanted)
+        length = self.seq_len
+        begins = wanted * length
+        has_next = begins + length < self.tokens
+        tokens = np.empty((len(wanted), length + 1), self.dtype)
+        whole = self._stream.whole
+        if whole is not None and self.tokens > length:
+            self._stream.note_read(tokens.nbytes, len(wanted))
+            overlapping = np.lib.stride_tricks.sliding_window_view(whole, length + 1)[::length]
+            overlapping.take(np.minimum(wanted, len(overlapping) - 1), axis=0, out=tokens, mode="clip")
+        if whole is None or self.tokens <= length or not has_next.all():
+            for row, begin in enumerate(begins.tolist()):
+                if whole is None or not has_next[row]:
+                    read = self._stream.read(begin, begin + length + bool(has_next[row]))
+                    tokens[row, : len(read)] = read
+        bounds, next_begins = self._bounds(begins) if with_bounds else (wanted[:0], np.zeros(len(wanted), np.bool_))
+        return Windows(tokens, has_next, bounds, next_begins, np.empty((0, 2), np.int64))
+
+    def _bounds(self, begins: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return `bounds` and `next_begins` of the windows that begin at tokens."""
+        length = self.seq_len
+        found: list[NDArray[np.int64] | list[int]] = []
+        next_begins = np.zeros(len(begins), np.bool_)
+        for row, begin in enumerate(begins.tolist()):
+            starts = self._starts(begin + 1, min(begin + length + 1, self.tokens)) - begin
+            if len(starts) and int(starts[-1]) == length:
+                next_begins[row], starts = True, starts[:-1]
+            found += [[row * length], starts + row * length]
+        return np.concatenate([*found, [len(begins) * length]]).astype(np.int64), next_begins
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of what samples come from: the sources of a view, or the data root."""
+        if isinstance(self._recorded, OpenView):
+            return [source.name for source in self._recorded.view.sources]
+        return [self.root.name]
+
+    def source_of(self, indices: list[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the number, in `sources`, of what each sample comes from, shape `(len(indices),)`.
+
+        A sample of a view without weights may hold documents of several sources; the first one counts.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        wanted = self._indices(indices)
+        if isinstance(self._stream, ViewStream):
+            return self._stream.source_of(wanted)
+        return np.zeros(len(wanted), np.int64)
+
+    def max_documents(self) -> int:
+        """Return the most documents, pieces of some included, that any sample holds; it looks at all of them.
+
+        Raises:
+            DataRootError: as `document_bounds`.
+        """
+        if isinstance(self._stream, ViewStream):
+            return self._stream.max_documents()
+        most = 0
+        for begin in range(0, self._samples, _COUNTED_SAMPLES):
+            edges = np.arange(begin, min(self._samples, begin + _COUNTED_SAMPLES) + 1) * self.seq_len
+            starts = self._starts(int(edges[0]), int(edges[-1]))
+            inside = np.searchsorted(starts, edges[1:]) - np.searchsorted(starts, edges[:-1], side="right") + 1
+            most = max(most, int(inside.max(initial=0)))
+        return most
+
+    def _starts(self, begin: int, end: int) -> NDArray[np.int64]:
+        if self._documents is None:
+            self._documents = self._recorded.documents()
+        found: NDArray[np.int64] = self._documents.starts_between(begin, end)
+        return found
 
     @property
     def sample_ids(self) -> NDArray[np.uint64]:
@@ -205,10 +302,8 @@ class TokenDataset:
             DataRootError: the data root has no manifest, or a sidecar is missing.
         """
         sample = self._index(index)
-        if self._documents is None:
-            self._documents = self._recorded.documents()
         begin = sample * self.seq_len
-        starts = self._documents.starts_between(begin + 1, begin + self.seq_len)
+        starts = self._starts(begin + 1, begin + self.seq_len)
         return np.concatenate([[0], starts - begin, [self.seq_len]]).astype(np.int32)
 
     cu_seqlens = document_bounds

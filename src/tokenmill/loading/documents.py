@@ -37,6 +37,14 @@ class Document(NamedTuple):
     """Values of the metadata columns."""
 
 
+class FoundRow(NamedTuple):
+    """What a row of a source file became."""
+
+    document: Document
+    samples: list[int]
+    """Whole samples that hold tokens of it, ascending."""
+
+
 def documents_of(table: pa.Table) -> list[Document]:
     """Return the documents of a sidecar, or of some rows of it."""
     names = [name for name in table.column_names if name in SIDECAR_COLUMNS]
@@ -60,11 +68,12 @@ def file_numbers(table: pa.Table, numbers: Mapping[str, int]) -> NDArray[np.int6
 class DocumentIndex:
     """Finds documents by the tokens they hold, from the sidecars; one sidecar is in memory at a time."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, seq_len: int) -> None:
         if not manifest.shards:
             raise DataRootError(f"{root}: {layout.MANIFEST} lists no shards", next_step=_VERIFY)
         self._root = root
         self._shards = manifest.shards
+        self._tokens, self._seq_len = manifest.tokens, seq_len
         self._shard_size = manifest.recipe.shard_size
         self._schema = documents_schema(manifest)
         self._read: tuple[int, pa.Table] | None = None
@@ -121,12 +130,17 @@ class DocumentIndex:
             number -= record.documents
         raise IndexError(number)
 
-    def of_row(self, source: str, row: int) -> Document | None:
-        """Return the document that a source row became; None if it became none."""
+    def find_row(self, source: str, row: int) -> FoundRow | None:
+        """Return what a source row became; None if it became nothing."""
         for shard in range(len(self._shards)):
             table = self._table(shard, filters=[("source", "=", source), ("row", "=", row)])
             if len(table):
-                return documents_of(table)[0]
+                (document,) = documents_of(table)
+                end = min(document.start + document.tokens, self._tokens)
+                whole = self._tokens // self._seq_len
+                return FoundRow(
+                    document, list(range(document.start // self._seq_len, min(whole, -(-end // self._seq_len))))
+                )
         return None
 
     def tables(self) -> Iterator[pa.Table]:

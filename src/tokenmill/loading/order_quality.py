@@ -92,7 +92,16 @@ def order_quality(root: Path) -> OrderQuality:
 
 
 def order_of(found: DataRoot | OpenView) -> DocumentOrder:
-    """Return the documents of a data root or a view in their order."""
+    """Return the documents of a data root or a view in their order.
+
+    Raises:
+        DataRootError: the view draws samples by weight, or packs documents, so that they are in no order.
+    """
+    if isinstance(found, OpenView) and (found.view.stages or found.view.packing != "concat"):
+        raise DataRootError(
+            f"{found.root}: its documents are in no order: samples are drawn by weight, or packed",
+            next_step="ask for the order of its data roots, or of a view without weights and packing",
+        )
     return _of_view(found) if isinstance(found, OpenView) else _of_root(found)
 
 

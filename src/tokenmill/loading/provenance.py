@@ -99,8 +99,9 @@ class Samples(msgspec.Struct):
 
     source: str
     row: int
-    begin: int
-    end: int
+    begin: int | None
+    """Its first token, counted in the whole stream; None in a view that puts samples in an order of their own."""
+    end: int | None
     samples: list[int]
     """Numbers of the whole samples; tokens after the last whole sample are in none."""
 
@@ -116,16 +117,19 @@ def where_row(root: Path, source: str, row: int) -> Samples:
             f"such as {found.files[0].path}",
             next_step="give the path as the manifest lists it, relative to the corpus, in a view after NAME/",
         )
-    document = index.of_row(source, row)
-    if document is None:
+    hit = index.find_row(source, row)
+    if hit is None:
         rows = "which was not reached" if file.rows is None else f"which has {file.rows} rows"
         raise QueryError(
             f"row {row} of {source}, {rows}, is in no sample: it has no text, lies after the end of the stream, or is "
             "left out of the view",
             next_step="ask for another row; the ledger (tokenmill info) has the counts",
         )
+    document, samples = hit
+    if isinstance(found, OpenView) and found.cuts_documents:
+        return Samples(source, row, None, None, samples)
     end = min(document.start + document.tokens, found.tokens().tokens)
-    return Samples(source, row, document.start, end, found.samples_with(document.start, end))
+    return Samples(source, row, document.start, end, samples)
 
 
 class Token(NamedTuple):
@@ -157,6 +161,7 @@ def show(root: Path, sample: int) -> Sample:
     backend = open_backend(found)
     documents = [tokens[part.begin - place.begin : part.end - place.begin] for part in place.documents]
     pieces = [piece for ids in documents for piece in backend.pieces(ids)]
+    pieces += [""] * (len(tokens) - len(pieces))  # padding
     return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)])
 
 

@@ -98,9 +98,7 @@ def check_receipt(root: Path | str, receipt: Receipt) -> list[Check]:
     root = Path(root)
     view = load_view(root)
     dataset = TokenDataset(root)
-    expected = {layout.VIEW_BEGINS: view.begins_sha256, layout.VIEW_PLACES: view.places_sha256} if view else {}
-    if view is None:
-        expected = {layout.SAMPLE_IDS: dataset.samples_sha256}
+    expected = {layout.SAMPLE_IDS: dataset.samples_sha256} if view is None else view.index_sha256
     sampler = receipt.sampler
     checks = [
         *(Check(f"{name} sha256", sha256, _stored_sha256(root / name)) for name, sha256 in expected.items()),

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 _CHUNK = 1 << 12
 _ROUNDS = 8
 _MOST_SAMPLES = 1 << 62
+_POWERS = np.uint64(1) << np.arange(63, dtype=np.uint64)
+"""As many are at most a number as it has bits."""
 
 SampleIndices: TypeAlias = NDArray[np.int64]
 
@@ -111,6 +113,39 @@ class EpochSampler(_Sampler, frozen=True, tag="epoch"):
         return permute(places, self.dataset_len, f"{self.seed}/{self.epoch}").astype(np.int64)
 
 
+class SequentialSampler(_Sampler, frozen=True, tag="sequential"):
+    """Every sample of a data set once, as they lie: what a mixture wants, whose order is its schedule.
+
+    To resume, `start` is enough: the samples trained on so far by all ranks together.
+
+    Args:
+        dataset_len: samples of the data set.
+        rank: of this process, below `world_size`.
+        world_size: ranks that share the samples.
+        start: samples to leave out: those trained on before, by any ranks.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    dataset_len: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("dataset_len", self.dataset_len, 1, _MOST_SAMPLES)
+        _check_range("start", self.start, 0, self.dataset_len)
+
+    @property
+    def _total(self) -> int:
+        return self.dataset_len - self.start
+
+    def _at(self, begin: int, end: int, step: int) -> SampleIndices:
+        return np.arange(self.start + begin, self.start + end, step, dtype=np.int64)
+
+
 class WindowSampler(_Sampler, frozen=True, tag="window"):
     """The samples that a Templar miner trains on in a window.
 
@@ -198,7 +233,7 @@ class ValidatorSampler(_Sampler, frozen=True, tag="validator"):
         return chosen[begin:end:step]
 
 
-Sampler: TypeAlias = EpochSampler | WindowSampler | ValidatorSampler
+Sampler: TypeAlias = EpochSampler | SequentialSampler | WindowSampler | ValidatorSampler
 
 
 @functools.lru_cache(maxsize=4)
@@ -232,34 +267,59 @@ def permute(places: NDArray[np.uint64], size: int, key: str, *, inverse: bool = 
 
     With `inverse`, return what goes there.
     """
+    return permute_each(places, np.uint64(size), permutation_keys(key), inverse=inverse)
+
+
+def permutation_keys(key: str) -> NDArray[np.uint64]:
+    """Return the keys of the rounds of the permutation that `key` names, shape `(8,)`."""
     digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS, person=b"tokenmill epoch").digest()
-    rounds = list(enumerate(np.frombuffer(digest, "<u8").astype(np.uint64)))
-    if inverse:  # each round undoes itself
-        rounds.reverse()
-    bits = max(2, (size - 1).bit_length())
-    moved = _feistel(places, bits, rounds)
+    return np.frombuffer(digest, "<u8").astype(np.uint64)
+
+
+def permute_each(
+    places: NDArray[np.uint64],
+    size: NDArray[np.uint64] | np.uint64,
+    keys: NDArray[np.uint64],
+    *,
+    inverse: bool = False,
+) -> NDArray[np.uint64]:
+    """Do as `permute`, with a permutation for each place.
+
+    Args:
+        places: what to move, shape `(n,)`.
+        size: of each permutation, shape `(n,)`, or one for all.
+        keys: of the rounds of each, as of `permutation_keys`, shape `(8, n)`, or `(8,)` for all.
+        inverse: return what goes there.
+    """
+    moved = _feistel(places, size, keys, inverse=inverse)
     outside = np.flatnonzero(moved >= size)
     while len(outside):
-        moved[outside] = _feistel(moved[outside], bits, rounds)
-        outside = outside[moved[outside] >= size]
+        of_these = (
+            size[outside] if isinstance(size, np.ndarray) else size,
+            keys[:, outside] if keys.ndim > 1 else keys,
+        )
+        moved[outside] = _feistel(moved[outside], *of_these, inverse=inverse)
+        outside = outside[moved[outside] >= of_these[0]]
     return moved
 
 
-def _feistel(values: NDArray[np.uint64], bits: int, rounds: list[tuple[int, np.uint64]]) -> NDArray[np.uint64]:
-    """Return a permutation of the numbers of so many bits: each round mixes one half into the other."""
-    low_bits = np.uint64(bits // 2)
-    high_bits = np.uint64(bits) - low_bits
-    low, high = values & _mask(low_bits), values >> low_bits
-    for number, key in rounds:
+def _feistel(
+    values: NDArray[np.uint64], size: NDArray[np.uint64] | np.uint64, keys: NDArray[np.uint64], *, inverse: bool
+) -> NDArray[np.uint64]:
+    """Permute the numbers of as many bits as `size - 1` has: each round mixes one half into the other."""
+    one = np.uint64(1)
+    bits = np.maximum(np.searchsorted(_POWERS, size - one, side="right"), 2).astype(np.uint64)
+    low_bits = bits >> one
+    high_bits = bits - low_bits
+    low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
+    low, high = values & low_mask, values >> low_bits
+    for number in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):  # each round undoes itself
         if number % 2:
-            high = high ^ (_mix(low + key) & _mask(high_bits))
+            high = high ^ (_mix(low + keys[number]) & high_mask)
         else:
-            low = low ^ (_mix(high + key) & _mask(low_bits))
-    return high << low_bits | low
-
-
-def _mask(bits: np.uint64) -> np.uint64:
-    return np.uint64((1 << int(bits)) - 1)
+            low = low ^ (_mix(high + keys[number]) & low_mask)
+    moved: NDArray[np.uint64] = high << low_bits | low
+    return moved
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

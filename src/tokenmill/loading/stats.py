@@ -92,12 +92,13 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
     used = np.flatnonzero(counts)
     frequent = used[np.argsort(counts[used], kind="stable")[::-1][:_TOP]]
     lengths, by_source = _document_figures(found)
+    tokens = int(counts.sum())  # without padding
     return Stats(
-        tokens=stream.tokens,
+        tokens=tokens,
         distinct_ids=len(used),
         id_min=int(used[0]),
         id_max=int(used[-1]),
-        id_mean=float(np.dot(counts, np.arange(len(counts), dtype=np.float64)) / stream.tokens),
+        id_mean=float(np.dot(counts, np.arange(len(counts), dtype=np.float64)) / tokens),
         top=[
             TokenCount(token, int(counts[token]), name)
             for token, name in zip(frequent.tolist(), _names(found, frequent.tolist()), strict=True)

@@ -7,6 +7,8 @@ its sources. `docs/format.md` specifies the files.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,15 +22,16 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.manifest import FileRecord, TokenizerRecord
 from tokenmill.dataroot.view_record import ViewRecord, load_view, require_pinned, source_root
 from tokenmill.errors import DataRootError, QueryError
-from tokenmill.loading.data_root import DataRoot, MappedArray, Piece, TokenStream
-from tokenmill.loading.samplers import permute
+from tokenmill.loading.arrangement import Arrangement, InOrder, MixedSource, MixedStage, Mixture, Shuffled
+from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, MappedArray, Piece, TokenStream, Windows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tokenmill.loading.documents import Document, DocumentIndex
+    from tokenmill.loading.documents import Document, DocumentIndex, FoundRow
 
-_INDEX = np.dtype("<i8")
+PADDING_PLACE = -1
+"""In the index, where no document is: padding."""
 _SEARCHED = 1 << 20
 """Entries of the index that are looked through at once."""
 
@@ -39,24 +42,56 @@ def sample_key(seed: int) -> str:
 
 
 class ViewIndex(NamedTuple):
-    """Where documents lie; they are numbered in the order of the view before its samples are shuffled."""
+    """Where documents lie, or pieces of them and padding, in a row: the view before its samples are arranged."""
 
     begins: NDArray[np.int64]
-    """First token of each document, and the end of the last, counted in the view; shape `(documents + 1,)`."""
+    """First token of each entry, and the end of the last, counted in the row; shape `(entries + 1,)`."""
     places: NDArray[np.int64]
-    """First token of each document, counted over the streams of all sources one after the other."""
+    """First token of each entry, counted over the streams of all sources one after the other; `PADDING_PLACE` for
+    padding; shape `(entries,)`."""
 
-    def runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield where tokens `begin` to before `end` lie, as `(first, end)`: neighbours that lie so are joined."""
+    def between(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the first entry that holds tokens `begin` to before `end`, and one past the last."""
         first = int(np.searchsorted(self.begins, begin, side="right")) - 1
-        last = int(np.searchsorted(self.begins, end, side="left"))
-        starts = self.places[first:last].copy()
-        ends = starts + np.diff(self.begins[first : last + 1])
-        starts[0] += begin - int(self.begins[first])
-        ends[-1] -= int(self.begins[last]) - end
-        is_first = np.concatenate([[True], starts[1:] != ends[:-1]])
-        is_last = np.concatenate([is_first[1:], [True]])
-        yield from zip(starts[is_first].tolist(), ends[is_last].tolist(), strict=True)
+        return first, int(np.searchsorted(self.begins, end, side="left"))
+
+    def parts(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> Parts:
+        """Return what stretches of the row consist of, in order; none of them is empty."""
+        first = np.searchsorted(self.begins, begins, side="right") - 1
+        counts = np.searchsorted(self.begins, ends, side="left") - first
+        stretch = np.repeat(np.arange(len(begins)), counts)
+        entry = np.arange(len(stretch)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        place, begin = self.places[entry], self.begins[entry]
+        cut = np.maximum(begins[stretch] - begin, 0)
+        length = np.minimum(self.begins[entry + 1], ends[stretch]) - begin - cut
+        return Parts(stretch, np.where(place < 0, PADDING_PLACE, place + cut), length)
+
+
+class Parts(NamedTuple):
+    """What stretches of a row consist of; arrays of shape `(parts,)`."""
+
+    stretch: NDArray[np.int64]
+    """Which stretch it is of."""
+    place: NDArray[np.int64]
+    """As of `ViewIndex.places`."""
+    length: NDArray[np.int64]
+
+    def starts(self, stride: int) -> NDArray[np.int64]:
+        """Return where each part begins if the `i`-th stretch begins at `i * stride`."""
+        before = np.cumsum(self.length) - self.length
+        firsts = np.flatnonzero(np.diff(self.stretch, prepend=-1))
+        starts: NDArray[np.int64] = before - before[firsts][self.stretch] + self.stretch * stride
+        return starts
+
+    def joined(self, bases: NDArray[np.int64]) -> Parts:
+        """Join neighbours that lie side by side in one source; sources begin at `bases`."""
+        source = np.searchsorted(bases, self.place, side="right")
+        follows = (self.place[1:] == self.place[:-1] + self.length[:-1]) & (self.place[:-1] >= 0)
+        follows &= (source[1:] == source[:-1]) & (self.stretch[1:] == self.stretch[:-1])
+        if not follows.any():
+            return self
+        firsts = np.flatnonzero(np.concatenate([[True], ~follows]))
+        return Parts(self.stretch[firsts], self.place[firsts], np.add.reduceat(self.length, firsts))
 
 
 class ViewStream:
@@ -65,23 +100,34 @@ class ViewStream:
     Args:
         streams: of the sources, in order.
         index: of the view.
+        arrangement: of its samples.
         seq_len: tokens per sample.
-        key: of the permutation of samples; None where they stay in order.
+        padding_id: what padding is; None where samples are not packed.
     """
 
     whole: None = None
     """The tokens are in many places."""
 
-    def __init__(self, streams: Sequence[TokenStream], index: ViewIndex, *, seq_len: int, key: str | None) -> None:
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        index: ViewIndex,
+        arrangement: Arrangement,
+        *,
+        seq_len: int,
+        padding_id: int | None,
+    ) -> None:
         self.dtype = streams[0].dtype
-        self._streams = streams
-        self._bases = np.cumsum([0, *(stream.tokens for stream in streams)])
+        self._is_packed = padding_id is not None
         self.index = index
+        self.arrangement = arrangement
+        self._streams = streams
+        self._wholes = [stream.whole for stream in streams]
+        self._bases = np.cumsum([0, *(stream.tokens for stream in streams)])
         self._seq_len = seq_len
-        self._key = key
-        tokens = int(index.begins[-1])
-        self._samples = tokens // seq_len
-        self.tokens = tokens if key is None else self._samples * seq_len
+        self._padding_id = padding_id
+        is_in_order = isinstance(arrangement, InOrder)
+        self.tokens = int(index.begins[-1]) if is_in_order else arrangement.samples * seq_len
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
         """Return tokens `begin` to `end`, shape `(end - begin,)`, read-only."""
@@ -90,51 +136,100 @@ class ViewStream:
                 f"tokens {begin} to {end}: the view has {self.tokens}",
                 next_step=f"ask for tokens from 0 to {self.tokens - 1}",
             )
-        pieces = [
-            self._read(first, last)
-            for inner_begin, inner_end in self.unshuffled(begin, end)
-            for first, last in self.index.runs(inner_begin, inner_end)
-        ]
-        if not pieces:
-            return np.empty(0, self.dtype)
-        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        found = np.empty(end - begin, self.dtype)
+        if begin < end:
+            begins, ends = self.unarranged(begin, end)
+            self.copy(self.index.parts(begins, ends), found)
         found.flags.writeable = False
         return found
 
-    def _read(self, first: int, last: int) -> NDArray[Any]:
-        at = int(np.searchsorted(self._bases, first, side="right")) - 1
-        pieces = []
-        while first < last:  # neighbours may lie in two sources
-            base, end = int(self._bases[at]), min(last, int(self._bases[at + 1]))
-            pieces.append(self._streams[at].read(first - base, end - base))
-            first, at = end, at + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def gather(self, samples: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copy samples into `out`, shape `(len(samples), seq_len)`, cast to its dtype."""
+        begins = self.arrangement.begins(samples)
+        flat = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        self.copy(self.index.parts(begins, begins + self._seq_len), flat.reshape(-1))
+        if flat is not out:
+            out[...] = flat
 
-    def unshuffled(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield where tokens `begin` to before `end` are before samples are shuffled, in stretches."""
-        if begin == end:
-            return
-        if self._key is None:
-            yield begin, end
-            return
-        samples = np.arange(begin // self._seq_len, -(-end // self._seq_len), dtype=np.uint64)
-        moved = permute(samples, self._samples, self._key).astype(np.int64)
-        for sample, place in zip(samples.tolist(), moved.tolist(), strict=True):
-            shift = (place - sample) * self._seq_len
-            first, last = max(begin, sample * self._seq_len), min(end, (sample + 1) * self._seq_len)
-            yield first + shift, last + shift
+    def windows(self, samples: NDArray[np.int64]) -> Windows:
+        """Return samples with what follows them, and where documents begin in them."""
+        begins = self.arrangement.begins(samples)
+        ends = begins + self._seq_len
+        has_next = np.zeros(len(samples), np.bool_) if self._is_packed else ends < self._row_end(samples)
+        tokens = np.empty((len(samples), self._seq_len + 1), self.dtype)
+        parts = self.index.parts(begins, ends + has_next)
+        self.copy(parts, tokens.reshape(-1), self._seq_len + 1)
+        starts = parts.starts(self._seq_len)
+        is_inside = starts < (parts.stretch + 1) * self._seq_len  # the token after a sample may be a part of its own
+        next_begins = np.zeros(len(samples), np.bool_)
+        next_begins[parts.stretch[~is_inside]] = True
+        padded = np.flatnonzero(parts.place < 0)
+        padding = np.stack([starts[padded], starts[padded] + parts.length[padded]], axis=1)
+        bounds = np.append(starts[is_inside], len(samples) * self._seq_len)
+        return Windows(tokens, has_next, bounds, next_begins, padding)
 
-    def samples_with(self, begin: int, end: int) -> list[int]:
-        """Return the whole samples that hold tokens `begin` to before `end`, before samples are shuffled."""
-        found = np.arange(begin // self._seq_len, min(self._samples, (end - 1) // self._seq_len + 1), dtype=np.uint64)
-        if self._key is not None and len(found):
-            found = np.sort(permute(found, self._samples, self._key, inverse=True))
-        return [int(sample) for sample in found]
+    def _row_end(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the part of the row ends that each sample is cut from."""
+        if isinstance(self.arrangement, Mixture):
+            return self.arrangement.row_ends[self.arrangement.locate(samples)[0]]
+        return np.full(len(samples), self.index.begins[-1], np.int64)
+
+    def copy(self, parts: Parts, out: NDArray[Any], stride: int | None = None) -> None:
+        """Copy parts into `out`: one after the other, or the `i`-th stretch from token `i * stride` on."""
+        parts = parts.joined(self._bases)
+        source = np.searchsorted(self._bases, parts.place, side="right") - 1
+        begins = parts.place - self._bases[source]
+        to = np.cumsum(parts.length) - parts.length if stride is None else parts.starts(stride)
+        rows = [source, begins, begins + parts.length, to, to + parts.length]
+        for at in range(0, len(source), PLACES_AT_ONCE):
+            some = slice(at, at + PLACES_AT_ONCE)
+            read = np.bincount(np.maximum(source[some], 0), weights=parts.length[some])
+            for number in np.flatnonzero(read).tolist():
+                self._streams[number].note_read(int(read[number]) * self.dtype.itemsize, len(source[some]))
+            for number, begin, end, first, last in zip(*(column[some].tolist() for column in rows), strict=True):
+                if number < 0:
+                    out[first:last] = self._padding_id
+                elif (whole := self._wholes[number]) is not None:  # a slice of it takes a tenth of the time of a read
+                    out[first:last] = whole[begin:end]
+                else:
+                    out[first:last] = self._streams[number].read(begin, end)
+
+    def unarranged(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the stretches of the row, begins and ends, that tokens `begin` to before `end` of the view are."""
+        if isinstance(self.arrangement, InOrder) or begin == end:
+            return np.array([begin]), np.array([end])
+        samples = np.arange(begin // self._seq_len, -(-end // self._seq_len), dtype=np.int64)
+        shift = self.arrangement.begins(samples) - samples * self._seq_len
+        first = np.maximum(begin, samples * self._seq_len)
+        last = np.minimum(end, (samples + 1) * self._seq_len)
+        return first + shift, last + shift
+
+    def max_documents(self) -> int:
+        """Return the most documents, pieces of some, or stretches of padding that a sample holds."""
+        begins, most = self.index.begins, 0
+        parts = self.arrangement.parts if isinstance(self.arrangement, Mixture) else ((0, self.arrangement.samples),)
+        for first, samples in parts:
+            for at in range(0, samples, _SEARCHED):
+                edges = first + np.arange(at, min(samples, at + _SEARCHED) + 1) * self._seq_len
+                inside = np.searchsorted(begins, edges[1:]) - np.searchsorted(begins, edges[:-1], side="right") + 1
+                most = max(most, int(inside.max(initial=0)))
+        return most
+
+    def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the source of each sample's first token, shape `(len(samples),)`."""
+        if isinstance(self.arrangement, Mixture):
+            return self.arrangement.locate(samples)[0]
+        entries = np.searchsorted(self.index.begins, self.arrangement.begins(samples), side="right") - 1
+        return np.searchsorted(self._bases, self.index.places[entries], side="right") - 1
 
     def chunks(self, tokens: int) -> Iterator[NDArray[Any]]:
-        """Yield all tokens, at most so many at once."""
+        """Yield all tokens but padding, at most so many at once."""
         for begin in range(0, self.tokens, tokens):
-            yield self.read(begin, min(begin + tokens, self.tokens))
+            parts = self.index.parts(*self.unarranged(begin, min(begin + tokens, self.tokens)))
+            parts = Parts(*(column[parts.place >= 0] for column in parts))
+            found = np.empty(int(parts.length.sum()), self.dtype)
+            self.copy(parts, found)
+            yield found
 
     def note_read(self, nbytes: int, places: int = 1) -> None:
         """Do nothing: the streams of the sources note what is read of them."""
@@ -190,13 +285,46 @@ class OpenView(NamedTuple):
 
     def tokens(self) -> ViewStream:
         """Return its tokens."""
-        key = sample_key(self.view.seed) if self.view.shuffle == "samples" else None
-        streams = [source.tokens() for source in self.sources]
-        return ViewStream(streams, self.open_index(), seq_len=self.view.seq_len, key=key)
+        return ViewStream(
+            [source.tokens() for source in self.sources],
+            self.open_index(),
+            self.arrangement(),
+            seq_len=self.view.seq_len,
+            padding_id=self.view.padding_id,
+        )
+
+    def arrangement(self) -> Arrangement:
+        """Return the order of its samples."""
+        view = self.view
+        if not view.stages:
+            if view.shuffles_samples:
+                return Shuffled(view.samples, view.seq_len, sample_key(view.seed))
+            return InOrder(view.samples, view.seq_len)
+        shape = (len(view.stages), 2, layout.SCHEDULE_PERIOD)
+        schedule = _map(self.root / layout.VIEW_SCHEDULE, math.prod(shape), "<u2").reshape(shape)
+        names = [source.name for source in view.sources]
+        begins = itertools.accumulate((source.span for source in view.sources), initial=0)
+        return Mixture(
+            [
+                MixedSource(source.name, begin, source.span, source.samples)
+                for source, begin in zip(view.sources, begins, strict=False)
+            ],
+            [
+                MixedStage(stage.samples, np.array([stage.shares.get(name, 0) for name in names], np.int64), *period)
+                for stage, period in zip(view.stages, schedule, strict=True)
+            ],
+            seq_len=view.seq_len,
+            seed=view.seed if view.shuffles_samples else None,
+        )
 
     def open_index(self) -> ViewIndex:
         """Return its index, mapped."""
         return _map_index(self.root, self.view)
+
+    @property
+    def cuts_documents(self) -> bool:
+        """Whether documents do not lie whole, one after the other."""
+        return self.view.packing != "concat" or not isinstance(self.arrangement(), InOrder)
 
     def documents(self) -> ViewDocuments:
         """Return its documents."""
@@ -208,10 +336,6 @@ class OpenView(NamedTuple):
             f"{self.root}: a view stores no sample ids",
             next_step="ask TokenDataset for single ones (sample_id), which it makes of the tokens",
         )
-
-    def samples_with(self, begin: int, end: int) -> list[int]:
-        """Return the samples that hold tokens of a document that `ViewDocuments.of_row` found."""
-        return self.tokens().samples_with(begin, end)
 
 
 class ViewDocuments:
@@ -230,47 +354,65 @@ class ViewDocuments:
         `start` is where the document would begin if all of it lay as the part that is there does.
         """
         found: list[Document] = []
-        for first, last in self._stream.unshuffled(begin, end):
-            for number in range(*self._numbers(first, last)):
-                start = begin + int(self._index.begins[number]) - first
-                found.append(self.document(number)._replace(start=start))
+        for first, last in zip(*(edges.tolist() for edges in self._stream.unarranged(begin, end)), strict=True):
+            for entry in range(*self._index.between(first, last)):
+                if (document := self.of_entry(entry)) is not None:
+                    found.append(document._replace(start=document.start + begin - first))
             begin += last - first
         return found
 
-    def document(self, number: int) -> Document:
-        """Return a document by its number in the view before samples are shuffled; `start` is counted there."""
-        place = int(self._index.places[number])
-        at = int(np.searchsorted(self._bases, place, side="right")) - 1
-        (found,) = self._documents[at].between(place - int(self._bases[at]), place - int(self._bases[at]) + 1)
-        name = self._view.view.sources[at].name
-        return found._replace(start=int(self._index.begins[number]), source=f"{name}/{found.source}")
+    def of_entry(self, entry: int) -> Document | None:
+        """Return the document of an entry of the index; None for padding; `start` is counted in the row, as above."""
+        place = int(self._index.places[entry])
+        if place < 0:
+            return None
+        found = self.at(place)
+        return found._replace(start=int(self._index.begins[entry]) - (place - found.start))
 
-    def _numbers(self, begin: int, end: int) -> tuple[int, int]:
-        first = int(np.searchsorted(self._index.begins, begin, side="right")) - 1
-        return first, int(np.searchsorted(self._index.begins, end, side="left"))
+    def document(self, number: int) -> Document:
+        """Return a document of a view that packs none, by its number; `start` is counted in the row."""
+        found = self.of_entry(number)
+        assert found is not None
+        return found
+
+    def at(self, place: int) -> Document:
+        """Return the document that holds the token at a place; `start` is counted as places are."""
+        source = int(np.searchsorted(self._bases, place, side="right")) - 1
+        base = int(self._bases[source])
+        (found,) = self._documents[source].between(place - base, place - base + 1)
+        name = self._view.view.sources[source].name
+        return found._replace(start=base + found.start, source=f"{name}/{found.source}")
 
     def starts_between(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Return the tokens from `begin` to before `end` at which a document starts, in order."""
+        """Return the tokens from `begin` to before `end` at which a document, a piece of one, or padding starts."""
         found = []
-        for first, last in self._stream.unshuffled(begin, end):
+        for first, last in zip(*(edges.tolist() for edges in self._stream.unarranged(begin, end)), strict=True):
             bounds = np.searchsorted(self._index.begins[:-1], [first, last])
             found.append(self._index.begins[bounds[0] : bounds[1]] + (begin - first))
             begin += last - first
         return np.concatenate([*found, np.empty(0, np.int64)])
 
-    def of_row(self, source: str, row: int) -> Document | None:
-        """Return the document that a row of a file became; None if it is not in the view."""
+    def find_row(self, source: str, row: int) -> FoundRow | None:
+        """Return what a row of a file became; None if it is not in the view."""
+        from tokenmill.loading.documents import FoundRow
+
         name, _, path = source.partition("/")
         at = next((i for i, each in enumerate(self._view.view.sources) if each.name == name), None)
-        document = None if at is None else self._documents[at].of_row(path, row)
-        if document is None:
+        found = None if at is None else self._documents[at].find_row(path, row)
+        if at is None or found is None:
             return None
-        place = int(self._bases[at]) + document.start
+        place = int(self._bases[at]) + found.document.start
+        end = min(place + found.document.tokens, int(self._bases[at + 1]))
+        entries: list[int] = []
         for begin in range(0, len(self._index.places), _SEARCHED):
-            hits = np.flatnonzero(self._index.places[begin : begin + _SEARCHED] == place)
-            if len(hits):
-                return self.document(begin + int(hits[0]))
-        return None
+            some = self._index.places[begin : begin + _SEARCHED]
+            entries += (begin + np.flatnonzero((some >= place) & (some < end))).tolist()
+        if not entries:
+            return None
+        edges = [(int(self._index.begins[entry]), int(self._index.begins[entry + 1])) for entry in entries]
+        samples = sorted({sample for edge in edges for sample in self._stream.arrangement.samples_with(*edge).tolist()})
+        document = self.document(entries[0])
+        return FoundRow(document, samples)
 
     def tables(self) -> Iterator[pa.Table]:
         """Yield the sidecars of all sources without the documents that are not in the view."""
@@ -305,7 +447,7 @@ def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
     Raises:
         DataRootError: it is not, or names tokens that its sources do not have.
     """
-    for name, sha256 in ((layout.VIEW_BEGINS, record.begins_sha256), (layout.VIEW_PLACES, record.places_sha256)):
+    for name, sha256 in record.index_sha256.items():
         path = folder / name
         if not path.is_file():
             raise DataRootError(f"{path}: is missing", next_step="build the view again")
@@ -318,9 +460,10 @@ def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
             )
     begins, places = index = _map_index(folder, record)
     tokens = sum(source.tokens for source in record.sources)
-    is_right = int(begins[0]) == 0 and int(begins[-1]) == record.tokens
+    is_right = int(begins[0]) == 0 and int(begins[-1]) == record.tokens + record.padding
     if is_right and len(places):
-        is_right = int(places.min()) >= 0 and int(places.max()) < tokens and bool((begins[1:] > begins[:-1]).all())
+        lowest = PADDING_PLACE if record.padding else 0
+        is_right = int(places.min()) >= lowest and int(places.max()) < tokens and bool((begins[1:] > begins[:-1]).all())
     if not is_right:
         raise DataRootError(
             f"{folder}: its index names tokens that its sources do not have", next_step="build the view again"
@@ -329,9 +472,14 @@ def check_index(folder: Path, record: ViewRecord) -> ViewIndex:
 
 
 def _map_index(folder: Path, record: ViewRecord) -> ViewIndex:
-    begins = MappedArray(Piece(folder / layout.VIEW_BEGINS, record.documents + 1), _INDEX).array
-    places = MappedArray(Piece(folder / layout.VIEW_PLACES, record.documents), _INDEX).array
-    return ViewIndex(begins, places)
+    return ViewIndex(
+        _map(folder / layout.VIEW_BEGINS, record.entries + 1, "<i8"),
+        _map(folder / layout.VIEW_PLACES, record.entries, "<i8"),
+    )
+
+
+def _map(path: Path, entries: int, dtype: str) -> NDArray[Any]:
+    return MappedArray(Piece(path, entries), np.dtype(dtype)).array
 
 
 def open_root(root: Path) -> DataRoot | OpenView:

@@ -96,7 +96,7 @@ def digests(records: Records) -> dict[str, str]:
     manifest, record, view = records
     known: dict[str, str] = {}
     if view is not None:
-        known[layout.VIEW_BEGINS], known[layout.VIEW_PLACES] = view.begins_sha256, view.places_sha256
+        known |= view.index_sha256
     if record is not None:
         for index, copied in enumerate(record.shards):
             known[layout.shard_name(index)] = copied.sha256
@@ -117,7 +117,7 @@ def missing(records: Records, present: Iterable[str]) -> list[str]:
     there = set(present)
     joined = record is not None and record.complete
     wanted = [layout.TOKENS, layout.SAMPLE_IDS] if joined else []
-    wanted += [layout.VIEW_BEGINS, layout.VIEW_PLACES] if view is not None else []
+    wanted += list(view.index_sha256) if view is not None else []
     if manifest is not None:
         wanted += [layout.documents_name(shard.index) for shard in manifest.shards]
         wanted += [layout.SKIPPED] if manifest.skipped_sha256 is not None else []

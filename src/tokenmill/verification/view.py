@@ -6,6 +6,7 @@ The rules of `docs/format.md` are written here a second time, and hold for each 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import re
 from fractions import Fraction
@@ -23,6 +24,7 @@ from tokenmill.dataroot.manifest import Manifest
 from tokenmill.dataroot.view_record import SourceRecord, ViewRecord
 from tokenmill.encoding.text_hash import bytes_hash
 from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.view import PADDING_PLACE
 from tokenmill.verification.findings import Checked, Finding
 
 
@@ -66,10 +68,12 @@ class ViewChecks:
 
     def check(self) -> None:
         """Make all checks; those that need the index are left out where it is not what the record says."""
-        begins = self._index(layout.VIEW_BEGINS, self.record.documents + 1, self.record.begins_sha256)
-        places = self._index(layout.VIEW_PLACES, self.record.documents, self.record.places_sha256)
+        begins = self._index(layout.VIEW_BEGINS, self.record.entries + 1, "<i8")
+        places = self._index(layout.VIEW_PLACES, self.record.entries, "<i8")
+        if self.record.stages:
+            self._check_stages()
         if begins is not None:
-            ends, expected = (int(begins[0]), int(begins[-1])), (0, self.record.tokens)
+            ends, expected = (int(begins[0]), int(begins[-1])), (0, self.record.tokens + self.record.padding)
             what = "first and last entry"
             self._require(ends == expected, layout.VIEW_BEGINS, "the file", what, expected=expected, found=ends)
         taken = sum(source.taken for source in self.record.sources)
@@ -83,10 +87,22 @@ class ViewChecks:
         if self._quick or begins is None or places is None or self.findings:
             return
         lengths = np.diff(begins)
-        base = 0
+        base = row = 0
         keys = np.zeros(len(places), np.uint64)
         for source, manifest in zip(self.record.sources, manifests_, strict=True):
             number = np.flatnonzero((places >= base) & (places < base + source.tokens))
+            if self.record.stages:
+                outside = number[(begins[number] < row) | (begins[number + 1] > row + source.span)][:1]
+                what = "in the part of the row that its source has"
+                self._require(
+                    not len(outside),
+                    layout.VIEW_BEGINS,
+                    f"entry {[*outside]}",
+                    what,
+                    expected=f"{row} to {row + source.span}",
+                    found="others",
+                )
+                row += source.span
             listed = None if manifest is None else self._listed(source, manifest)
             if manifest is not None and listed is not None:
                 entries = _Entries(number, places[number] - base, lengths[number])
@@ -94,12 +110,14 @@ class ViewChecks:
                 if at is not None and self.record.shuffle == "documents":
                     keys[number] = self._keys(source, manifest, listed, at)
             base += source.tokens
-        outside = np.flatnonzero((places < 0) | (places >= base))
+        outside = np.flatnonzero((places < (PADDING_PLACE if self._packs else 0)) | (places >= base))
         if len(outside):
             at_entry, place = f"entry {outside[0]}", int(places[outside[0]])
             self._require(False, layout.VIEW_PLACES, at_entry, "place", expected=f"0 to {base - 1}", found=place)
+        if self._packs and not self.findings:
+            self._check_samples(begins, places)
         if not self.findings:
-            self._check_order(places, keys)
+            self._check_order(begins, places, keys)
         self._note("documents: whole, once, by the rules of holdout, removal, duplicates and order")
 
     def _note(self, what: str) -> None:
@@ -110,13 +128,21 @@ class ViewChecks:
             self.findings.append(Finding(file, position, what, str(expected), str(found)))
         return holds
 
-    def _index(self, name: str, entries: int, sha256: str) -> NDArray[np.int64] | None:
-        path = self.folder / name
+    @property
+    def _packs(self) -> bool:
+        return self.record.packing == "best-fit"
+
+    def _index(self, name: str, entries: int, dtype: str) -> NDArray[Any] | None:
+        path, expected_nbytes, sha256 = (
+            self.folder / name,
+            entries * np.dtype(dtype).itemsize,
+            self.record.index_sha256[name],
+        )
         if not self._require(path.is_file(), name, "the file", "is there", expected="a file", found="none"):
             return None
         nbytes = path.stat().st_size
         if not self._require(
-            nbytes == 8 * entries, name, "the file", "size in bytes", expected=8 * entries, found=nbytes
+            nbytes == expected_nbytes, name, "the file", "size in bytes", expected=expected_nbytes, found=nbytes
         ):
             return None
         if not self._quick:
@@ -124,7 +150,74 @@ class ViewChecks:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.nbytes += nbytes
             self._require(digest == sha256, name, "the file", "sha256", expected=sha256, found=digest)
-        return np.memmap(path, "<i8", "r") if entries else np.empty(0, np.int64)
+        return np.memmap(path, dtype, "r") if entries else np.empty(0, np.int64)
+
+    def _check_stages(self) -> None:
+        """Check the schedule of a mixture against its rule, and what it takes of each source."""
+        shape = (len(self.record.stages), 2, layout.SCHEDULE_PERIOD)
+        schedule = self._index(layout.VIEW_SCHEDULE, math.prod(shape), "<u2")
+        names = [source.name for source in self.record.sources]
+        taken = dict.fromkeys(names, 0)
+        for number, stage in enumerate(self.record.stages):
+            where, shares = f"stage {number + 1}", stage.shares
+            total = sum(shares.values())
+            expected = layout.SCHEDULE_PERIOD
+            is_whole = self._require(
+                total == expected and set(shares) <= set(names) and all(shares.values()),
+                layout.VIEW,
+                where,
+                "sum of the shares of its sources",
+                expected=expected,
+                found=total,
+            )
+            if schedule is None or not is_whole:
+                continue
+            period = schedule.reshape(shape)[number]
+            drawn = _schedule([(name, names.index(name), share) for name, share in shares.items()])
+            wrong = np.flatnonzero((period != drawn).any(axis=0))
+            if len(wrong):
+                at, places = f"{where}, place {wrong[0]}", (drawn[:, wrong[0]], period[:, wrong[0]])
+                what = "source, and rank in the period"
+                self._require(False, layout.VIEW_SCHEDULE, at, what, expected=places[0], found=places[1])
+            periods, rest = divmod(stage.samples, layout.SCHEDULE_PERIOD)
+            more = np.bincount(drawn[0, :rest], minlength=len(names))
+            counts = {name: share * periods + int(more[names.index(name)]) for name, share in shares.items()}
+            what = "samples of each source"
+            self._require(stage.taken == counts, layout.VIEW, where, what, expected=counts, found=stage.taken)
+            for name, count in counts.items():
+                taken[name] += count
+        for source in self.record.sources:
+            whole, most = source.span // self.record.seq_len, Fraction(source.max_epochs or 0) * source.samples
+            self._require(
+                source.samples == whole, layout.VIEW, source.name, "samples", expected=whole, found=source.samples
+            )
+            what, found = "samples that the stages take", taken[source.name]
+            self._require(found <= most, layout.VIEW, source.name, what, expected=f"at most {int(most)}", found=found)
+        self._note("schedule: shares, order and epochs of each stage")
+
+    def _check_samples(self, begins: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        """Check that no piece lies in two samples, and that padding is where a sample ends."""
+        length = self.record.seq_len
+        edges = np.arange(0, int(begins[-1]) + 1, length)
+        at = np.minimum(np.searchsorted(begins, edges), len(begins) - 1)
+        wrong = np.flatnonzero(begins[at] != edges)
+        if len(wrong) or int(begins[-1]) % length:
+            sample = f"sample {wrong[0]}" if len(wrong) else "the last sample"
+            self._require(False, layout.VIEW_BEGINS, sample, "begins with an entry", expected="yes", found="no")
+        padding = np.flatnonzero(places == PADDING_PLACE)
+        wrong = padding[(begins[padding + 1] % length != 0) | (begins[padding] % length == 0)]
+        if len(wrong):
+            what = "padding at the end of a sample"
+            self._require(False, layout.VIEW_PLACES, f"entry {wrong[0]}", what, expected="yes", found="no")
+        tokens = int((begins[padding + 1] - begins[padding]).sum())
+        self._require(
+            tokens == self.record.padding,
+            layout.VIEW,
+            "padding",
+            "tokens",
+            expected=self.record.padding,
+            found=tokens,
+        )
 
     def _root(self, source: SourceRecord) -> Path:
         return self.folder / source.root
@@ -189,29 +282,38 @@ class ViewChecks:
         self, source: SourceRecord, manifest: Manifest, listed: _Listed, entries: _Entries
     ) -> NDArray[np.int64] | None:
         """Check the entries that lie in a source; return their documents, by number, if each of them is one."""
-        count, documents = len(entries.number), len(listed.start)
-        name = source.name
-        self._require(count == source.taken, layout.VIEW, name, "documents taken", expected=source.taken, found=count)
-        every = count + sum(source.left_out.values())
-        self._require(
-            every == documents, layout.VIEW, name, "documents taken and left out", expected=documents, found=every
-        )
-        at = np.minimum(np.searchsorted(listed.start, entries.start), max(0, documents - 1))
-        wrong = np.flatnonzero(listed.start[at] != entries.start) if documents else entries.number
+        documents, name = len(listed.start), source.name
+        longest = self.record.seq_len if self._packs else 1 << 62
+        at = np.searchsorted(listed.start, entries.start, side="right") - 1
+        offset = entries.start - listed.start[at] if documents else entries.start
+        wrong = np.flatnonzero((at < 0) | (offset % longest != 0)) if documents else entries.number
         if len(wrong):
             entry, found = f"entry {entries.number[wrong[0]]}", f"token {entries.start[wrong[0]]} of {name}"
             self._require(
                 False, layout.VIEW_PLACES, entry, "where a document begins", expected="a document", found=found
             )
             return None
-        wrong = np.flatnonzero(listed.tokens[at] != entries.tokens)
+        pieces = np.minimum(listed.tokens[at] - offset, longest)
+        wrong = np.flatnonzero(pieces != entries.tokens)
         if len(wrong):
             entry, found = f"entry {entries.number[wrong[0]]}", str(entries.tokens[wrong[0]])
-            expected = int(listed.tokens[at[wrong[0]]])
+            expected = int(pieces[wrong[0]])
             self._require(False, layout.VIEW_BEGINS, entry, "tokens of the document", expected=expected, found=found)
-        twice = count - len(np.unique(at))
+        twice = len(at) - len(np.unique(entries.start))
         self._require(twice == 0, layout.VIEW_PLACES, name, "documents that are there twice", expected=0, found=twice)
-        self._check_choice(source, manifest, listed, at)
+        taken, present = np.unique(at, return_counts=True)
+        lacking = np.flatnonzero(present < -(-listed.tokens[taken] // longest))
+        if len(lacking):
+            document, what = f"document {taken[lacking[0]]} of {name}", "pieces"
+            whole = int(-(-listed.tokens[taken[lacking[0]]] // longest))
+            self._require(False, layout.VIEW_PLACES, document, what, expected=whole, found=int(present[lacking[0]]))
+        count = len(taken)
+        self._require(count == source.taken, layout.VIEW, name, "documents taken", expected=source.taken, found=count)
+        every = count + sum(source.left_out.values())
+        self._require(
+            every == documents, layout.VIEW, name, "documents taken and left out", expected=documents, found=every
+        )
+        self._check_choice(source, manifest, listed, taken)
         return at
 
     def _check_choice(self, source: SourceRecord, manifest: Manifest, listed: _Listed, at: NDArray[np.int64]) -> None:
@@ -256,10 +358,40 @@ class ViewChecks:
         found: NDArray[np.uint64] = z ^ z >> np.uint64(31)
         return found
 
-    def _check_order(self, places: NDArray[np.int64], keys: NDArray[np.uint64]) -> None:
+    def _check_order(self, begins: NDArray[np.int64], places: NDArray[np.int64], keys: NDArray[np.uint64]) -> None:
         ranks: NDArray[Any] = keys if self.record.shuffle == "documents" else places
-        wrong = np.flatnonzero(ranks[1:] < ranks[:-1])
-        if len(wrong):
-            at = int(wrong[0]) + 1
-            what = f"comes after document {at - 1} in the order {self.record.shuffle!r}"
-            self._require(False, layout.VIEW_PLACES, f"entry {at}", what, expected="yes", found="no")
+        part = np.zeros(len(places), np.int64)
+        if self.record.stages:
+            part = np.searchsorted(
+                np.cumsum([source.span for source in self.record.sources]), begins[:-1], side="right"
+            )
+        pieces = np.flatnonzero(places >= 0)
+        ordered = [(pieces, part)]
+        if self._packs:  # the documents of each sample, and the first documents of all samples
+            sample = begins[:-1] // self.record.seq_len
+            ordered = [(pieces, sample), (np.flatnonzero(np.diff(sample, prepend=-1)), part)]
+        for entries, inside in ordered:
+            before, after = entries[:-1], entries[1:]
+            wrong = np.flatnonzero((ranks[after] < ranks[before]) & (inside[after] == inside[before]))
+            if len(wrong):
+                what = f"comes after document {before[wrong[0]]} in the order {self.record.shuffle!r}"
+                entry = f"entry {after[wrong[0]]}"
+                self._require(False, layout.VIEW_PLACES, entry, what, expected="yes", found="no")
+
+
+def _schedule(shares: list[tuple[str, int, int]]) -> NDArray[np.int64]:
+    """Return source and rank of each place of a period; of name, number and share of each source."""
+    period = layout.SCHEDULE_PERIOD
+    windows = sorted(
+        (rank * period // share, math.ceil(Fraction((rank + 1) * period, share)) - 1, name, number, rank)
+        for name, number, share in shares
+        for rank in range(share)
+    )
+    found, following = np.empty((2, period), np.int64), 0
+    released: list[tuple[int, str, int, int]] = []
+    for place in range(period):
+        while following < period and windows[following][0] <= place:
+            heapq.heappush(released, windows[following][1:])
+            following += 1
+        found[:, place] = heapq.heappop(released)[2:]
+    return found

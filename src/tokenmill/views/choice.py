@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill.dataroot.view_record import pin_of
 from tokenmill.errors import DataRootError
 from tokenmill.views.catalogue import Catalogue, documents_at
 from tokenmill.views.order import document_keys, file_key, is_held_out
@@ -119,6 +120,42 @@ def _count(reasons: list[tuple[str, NDArray[np.bool_]]], counts: dict[str, int],
             counts[reason] = counts.get(reason, 0) + count
         kept &= ~applies
     return kept
+
+
+class SameData(NamedTuple):
+    """Two sources that take the same documents of the same data."""
+
+    first: str
+    second: str
+    documents: int
+    """That both take."""
+    is_whole: bool
+    """Whether neither takes others."""
+
+
+def find_same(choice: Choice, catalogues: list[Catalogue]) -> list[SameData]:
+    """Return pairs of sources that share documents: of data roots of the same pin, or of the same identities."""
+    bases = bases_of(catalogues)
+    bounds = np.searchsorted(choice.place, bases).tolist()
+    pins = [pin_of(catalogue.manifest) for catalogue in catalogues]
+    contents = []
+    for catalogue, begin, end in zip(catalogues, bounds, bounds[1:], strict=False):
+        identity = choice.identity[begin:end]
+        known = catalogue.identity, catalogue.manifest.tokenizer.sha256
+        contents.append((known, end - begin, int(identity.sum()), int(np.bitwise_xor.reduce(identity))))
+    found = []
+    for second, catalogue in enumerate(catalogues):
+        for first in range(second):
+            begin, end = bounds[first], bounds[first + 1]
+            count = end - begin
+            if contents[first] == contents[second] and count:
+                found.append(SameData(catalogues[first].name, catalogue.name, count, True))
+            elif pins[first] == pins[second]:
+                places = choice.place[begin:end] - bases[first]
+                others = choice.place[bounds[second] : bounds[second + 1]] - bases[second]
+                if shared := len(np.intersect1d(places, others, assume_unique=True)):
+                    found.append(SameData(catalogues[first].name, catalogue.name, shared, False))
+    return found
 
 
 def find_repeats(choice: Choice, catalogues: list[Catalogue]) -> NDArray[np.int64]:

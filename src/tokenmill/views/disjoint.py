@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from tokenmill.errors import DataRootError
 from tokenmill.loading.view import OpenView, check_index, open_view
-from tokenmill.views.catalogue import documents_at, open_sources
+from tokenmill.views.catalogue import open_sources
 
 _LISTED = 10
 
@@ -50,16 +51,16 @@ def prove_disjoint(first: Path, second: Path) -> Disjointness:
             "different tokenizers: their documents cannot be compared",
             next_step="make the data roots without text_xxh3 again with this version of tokenmill pretokenize",
         )
-    identities = [_identities(view) for view in views]
-    texts = [np.unique(identity) for identity in identities]
+    documents = [_documents(view) for view in views]
+    texts = [np.unique(each.identity) for each in documents]
     shared = np.intersect1d(texts[0], texts[1], assume_unique=True)
     return Disjointness(
         views=(str(first), str(second)),
-        documents=(len(identities[0]), len(identities[1])),
+        documents=(len(documents[0].place), len(documents[1].place)),
         texts=(len(texts[0]), len(texts[1])),
         identity=next(iter(kinds))[0],
         shared=len(shared),
-        examples=[_example(views[0], identities[0], value) for value in shared[:_LISTED]],
+        examples=[_example(views[0], documents[0], value) for value in shared[:_LISTED]],
     )
 
 
@@ -75,15 +76,34 @@ def _tokens_of(view: OpenView, identity: str) -> tuple[str, str] | None:
     return (view.view.tokenizer_sha256, view.view.dtype) if identity == "tokens" else None
 
 
-def _identities(view: OpenView) -> NDArray[np.uint64]:
-    """Return the hash of each document in the order of the index, shape `(documents,)`."""
-    places = check_index(view.root, view.view).places
-    found = np.empty(len(places), np.uint64)
-    for _, here, documents in documents_at(open_sources(view.root, view.view.sources), places):
-        found[here] = documents.identity
-    return found
+class _Documents(NamedTuple):
+    """Documents of a view, in the order of its sources; arrays of shape `(documents,)`."""
+
+    identity: NDArray[np.uint64]
+    place: NDArray[np.int64]
 
 
-def _example(view: OpenView, identities: NDArray[np.uint64], value: np.uint64) -> str:
-    document = view.documents().document(int(np.flatnonzero(identities == value)[0]))
+def _documents(view: OpenView) -> _Documents:
+    places = np.sort(check_index(view.root, view.view).places)
+    found = [_Documents(np.empty(0, np.uint64), np.empty(0, np.int64))]
+    base = 0
+    for catalogue in open_sources(view.root, view.view.sources):
+        for _, documents in catalogue.tables():
+            start = documents.start + base
+            # What is cut into pieces is there by its first one.
+            taken = np.searchsorted(places, start) < np.searchsorted(places, start, side="right")
+            found.append(_Documents(documents.identity[taken], start[taken]))
+        base += catalogue.stream.tokens
+    every = _Documents(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    if len(every.place) != view.view.documents:
+        raise DataRootError(
+            f"{view.root}: its index names {len(every.place)} documents: expected {view.view.documents}",
+            next_step="run tokenmill verify on the view",
+        )
+    return every
+
+
+def _example(view: OpenView, documents: _Documents, value: np.uint64) -> str:
+    place = documents.place[np.flatnonzero(documents.identity == value)[0]]
+    document = view.documents().at(int(place))
     return f"{int(value):016x}  {document.source} row {document.row}"

@@ -98,10 +98,14 @@ def write_view(
     opened = open_view(Path(view)) if Path(view).is_dir() else None
     if opened is None:
         raise DataRootError(f"{view}: expected a view, found none", next_step="give what tokenmill view build made")
-    if opened.view.shuffle == "samples":
+    if opened.cuts_documents:
+        why = "shuffled"
+        if opened.view.stages or opened.view.packing != "concat":
+            why = "drawn by weight" if opened.view.stages else "packed"
         raise DataRootError(
-            f"{view}: its samples are shuffled, which cuts documents, so it cannot be written as documents",
-            next_step='build a view with shuffle = "documents" or "none"; EpochSampler shuffles samples for a trainer',
+            f"{view}: its samples are {why}, which cuts documents, so it cannot be written as documents",
+            next_step='build a view without weights or packing, with shuffle = "documents" or "none"; trainers read '
+            "this one as it is",
         )
     if opened.view.documents == 0:
         raise DataRootError(f"{view}: has no documents", next_step="build a view that takes some")
