@@ -199,9 +199,9 @@ READERS: dict[str, Callable[[Path, str], Read]] = {
 def expected(root: Path) -> Read:
     found = open_root(root)
     tokens = np.concatenate([*found.tokens().chunks(1 << 20)])
-    documents = [found.documents().between(0, len(tokens))] if "samples" not in root.name else [[]]
-    bounds = [document.start for document in documents[0]] + [len(tokens)]
-    origins = [(d.source, d.row, d.metadata.get("lang")) for d in documents[0]]
+    parts = found.documents().parts_between(0, len(tokens)) if "samples" not in root.name else []
+    bounds = [part.document.start for part in parts] + [len(tokens)]
+    origins = [(d.source, d.row, d.metadata.get("lang")) for d, _, _ in parts]
     return Read(tokens, np.diff(bounds), origins)
 
 

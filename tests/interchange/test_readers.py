@@ -78,7 +78,7 @@ def tokens_of(root: Path) -> list[int]:
 
 def documents_of(root: Path) -> list[Any]:
     found = open_root(root)
-    return found.documents().between(0, found.tokens().tokens)
+    return [part.document for part in found.documents().parts_between(0, found.tokens().tokens)]
 
 
 def lengths_of(root: Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -13,19 +12,18 @@ import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import REPOSITORY, run_cli, text, write_parquet, write_record
 from support.reference import sample_ids
+from support.views import Row, key, make, rows_of
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
@@ -46,17 +44,6 @@ from tokenmill.views.spec import ViewSource, ViewSpec, load_spec
 from tokenmill.views.sql import Condition
 from tokenmill.views.write import write_view
 
-MASK = 2**64 - 1
-
-
-def make(folder: Path, name: str, texts: dict[str, list[str | None]], **changes: Any) -> Path:
-    for path, rows in texts.items():
-        write_parquet(folder / f"corpus-{name}" / path, rows)
-    settings_ = {"buffer_size": 20, "shard_size": 1_500, "seq_len": 32} | changes
-    recipe = Recipe(dataset=str(folder / f"corpus-{name}"), tokenizer=str(TOKENIZER), **settings_)
-    pretokenize(recipe, folder / name)
-    return folder / name
-
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -74,38 +61,6 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(layout, "DOCUMENTS_VERSION", 1)
         made["old"] = make(folder, "old", web)
     return made
-
-
-class Row(NamedTuple):
-    name: str
-    file: str
-    row: int
-    xxh3: int
-    tokens: tuple[int, ...]
-
-
-@functools.cache
-def rows_of(root: Path, name: str) -> list[Row]:
-    """Documents of a data root in stream order; those that its stream ends in are left out."""
-    stream = [token for path in sorted(root.glob("train_*.npy")) for token in np.load(path).tolist()]
-    found = []
-    for path in sorted(root.glob("documents_*.parquet")):
-        for row in pq.read_table(path).to_pylist():
-            end = row["start"] + row["tokens"]
-            tokens = stream[row["start"] : end]
-            hashed = row.get("text_xxh3", xxhash.xxh3_64_intdigest(np.array(tokens, np.uint16).tobytes()))
-            if end <= len(stream):
-                found.append(Row(name, row["source"], row["row"], hashed, tuple(tokens)))
-    return found
-
-
-def key(row: Row, seed: int) -> int:
-    named = f"{seed}\0{row.name}\0{row.file}".encode()
-    state = int.from_bytes(hashlib.blake2b(named, digest_size=8, person=b"tokenmill view").digest(), "little")
-    z = (state + (row.row + 1) * 0x9E3779B97F4A7C15) & MASK
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
-    return z ^ z >> 31
 
 
 def reference(spec: ViewSpec, removed: set[tuple[str, str, int]]) -> tuple[list[Row], list[int]]:
@@ -305,7 +260,7 @@ def test_the_holdout_depends_on_the_text_alone(roots: dict[str, Path], tmp_path:
     assert (result.returncode, "in both" in result.stdout) == (1, True)
     result = run_cli("view", "prove-disjoint", tmp_path / "train", tmp_path / "validation")
     assert (result.returncode, "no text is in both" in result.stdout) == (0, True)
-    assert order.is_held_out(np.array([0, 2**63, MASK], np.uint64), 0.5).tolist() == [True, False, False]
+    assert order.is_held_out(np.array([0, 2**63, 2**64 - 1], np.uint64), 0.5).tolist() == [True, False, False]
     # A text without a hash of its own cannot be compared with one that has one.
     build_view(ViewSpec(sources=[ViewSource(name="old", root=str(roots["old"]))]), tmp_path / "old")
     with pytest.raises(errors.DataRootError, match="cannot be compared"):

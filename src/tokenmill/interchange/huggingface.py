@@ -123,7 +123,7 @@ def _row_groups(dataset: ExportedDataset, scratch: Path) -> Iterator[_RowGroup]:
 
 def _count(dataset: ExportedDataset) -> int:
     """Return the number of files: one for each `FILE_NBYTES` in which a document begins, the last one at the end."""
-    last = dataset.found.documents().between(dataset.tokens - 1, dataset.tokens)[0].start
+    last = dataset.found.documents().parts_between(dataset.tokens - 1, dataset.tokens)[0].document.start
     return last * dataset.dtype.itemsize // FILE_NBYTES + 1
 
 

@@ -37,6 +37,16 @@ class Document(NamedTuple):
     """Values of the metadata columns."""
 
 
+class DocumentPart(NamedTuple):
+    """What lies of a document among some tokens."""
+
+    document: Document
+    """Its `start` is where it would begin if all of it lay as the part does."""
+    begin: int
+    """First token, counted as `start`."""
+    end: int
+
+
 class FoundRow(NamedTuple):
     """What a row of a source file became."""
 
@@ -96,6 +106,13 @@ class DocumentIndex:
                 found += documents_of(table.slice(int(inside[0]), len(inside)))
             shard += 1
         return found
+
+    def parts_between(self, begin: int, end: int) -> list[DocumentPart]:
+        """Return the documents that hold tokens `begin` to `end`, in order, and which of these they hold."""
+        return [
+            DocumentPart(each, max(begin, each.start), min(end, each.start + each.tokens))
+            for each in self.between(begin, end)
+        ]
 
     def _starts_by(self, shard: int, token: int) -> bool:
         starts = self.sidecar(shard)["start"]

@@ -13,7 +13,7 @@ from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
-from tokenmill.loading.documents import Document
+from tokenmill.loading.documents import DocumentPart
 from tokenmill.loading.view import OpenView, open_root
 
 _MOST_LISTED = 10
@@ -205,8 +205,8 @@ def _readable(value: object) -> object:
 
 
 def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[DocumentSlice]:
-    def slice_of(document: Document) -> DocumentSlice:
-        first, last = max(begin, document.start), min(end, document.start + document.tokens)
+    def slice_of(part: DocumentPart) -> DocumentSlice:
+        document, first, last = part
         return DocumentSlice(
             document.source,
             document.row,
@@ -219,4 +219,4 @@ def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[D
             {name: _readable(value) for name, value in document.metadata.items()},
         )
 
-    return [slice_of(document) for document in found.documents().between(begin, end)]
+    return [slice_of(part) for part in found.documents().parts_between(begin, end)]

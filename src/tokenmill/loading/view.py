@@ -28,7 +28,7 @@ from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, MappedArray, P
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tokenmill.loading.documents import Document, DocumentIndex, FoundRow
+    from tokenmill.loading.documents import Document, DocumentIndex, DocumentPart, FoundRow
 
 PADDING_PLACE = -1
 """In the index, where no document is: padding."""
@@ -348,21 +348,26 @@ class ViewDocuments:
         self._bases = np.cumsum([0, *(source.tokens for source in view.view.sources)])
         self._documents: list[DocumentIndex] = [source.documents() for source in view.sources]
 
-    def between(self, begin: int, end: int) -> list[Document]:
-        """Return the documents that hold tokens `begin` to `end`, in order; one that lies in two samples comes twice.
+    def parts_between(self, begin: int, end: int) -> list[DocumentPart]:
+        """Return the documents that hold tokens `begin` to `end`, in order, and which of these they hold."""
+        from tokenmill.loading.documents import DocumentPart
 
-        `start` is where the document would begin if all of it lay as the part that is there does.
-        """
-        found: list[Document] = []
+        found: list[DocumentPart] = []
         for first, last in zip(*(edges.tolist() for edges in self._stream.unarranged(begin, end)), strict=True):
+            shift = begin - first
             for entry in range(*self._index.between(first, last)):
                 if (document := self.of_entry(entry)) is not None:
-                    found.append(document._replace(start=document.start + begin - first))
+                    lies = max(first, int(self._index.begins[entry])), min(last, int(self._index.begins[entry + 1]))
+                    moved = document._replace(start=document.start + shift)
+                    found.append(DocumentPart(moved, *(edge + shift for edge in lies)))
             begin += last - first
         return found
 
     def of_entry(self, entry: int) -> Document | None:
-        """Return the document of an entry of the index; None for padding; `start` is counted in the row, as above."""
+        """Return the document of an entry of the index; None for padding.
+
+        `start` is where it would begin in the row if all of it lay as the entry does.
+        """
         place = int(self._index.places[entry])
         if place < 0:
             return None

@@ -301,6 +301,13 @@ class ViewChecks:
             self._require(False, layout.VIEW_BEGINS, entry, "tokens of the document", expected=expected, found=found)
         twice = len(at) - len(np.unique(entries.start))
         self._require(twice == 0, layout.VIEW_PLACES, name, "documents that are there twice", expected=0, found=twice)
+        full = np.flatnonzero(entries.tokens == longest)  # what is left of a document may lie before these
+        by_piece = full[np.argsort(entries.start[full])]
+        before, after = by_piece[:-1], by_piece[1:]
+        wrong = np.flatnonzero((at[before] == at[after]) & (entries.number[before] > entries.number[after]))
+        if len(wrong):
+            entry, what = f"entry {entries.number[after[wrong[0]]]}", "comes after what precedes it in its document"
+            self._require(False, layout.VIEW_PLACES, entry, what, expected="yes", found="no")
         taken, present = np.unique(at, return_counts=True)
         lacking = np.flatnonzero(present < -(-listed.tokens[taken] // longest))
         if len(lacking):

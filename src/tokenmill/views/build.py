@@ -301,9 +301,8 @@ def build_view(
             next_step="choose another directory",
         )
     built = plan_view(spec, on_progress=on_progress)
-    roots = [_from(folder, source.root) for source in spec.sources]
-    for source, root in zip(built.record.sources, roots, strict=True):
-        source.root = root
+    for source in built.record.sources:
+        source.root = _from(folder, source.root)
     record, files = built.record, _index_files(built)
     record.begins_sha256, record.places_sha256, *of_schedule = map(_digest, files.values())
     record.schedule_sha256 = "".join(of_schedule)
