@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class TokenDataset(Dataset[Any]):
             return tokens
         return _widened(self.data[index], self.dtype)
 
-    def __getitems__(self, indices: list[int]) -> Sequence[Batch]:
+    def __getitems__(self, indices: list[int]) -> Sequence[Any]:
         """Return the samples of a batch, gathered at once, for a `DataLoader`."""
         if self._spec is not None:
             return _Samples(batches.gather(self.data, indices, self._spec), self._spec, self.dtype)
@@ -224,8 +225,8 @@ def loader(
     )
 
 
-class _Samples(Sequence[dict[str, Any]]):
-    """The samples of a batch that were gathered at once; a collate function of one's own takes them as dicts."""
+class _Samples(Sequence["_Sample"]):
+    """The samples of a batch that were gathered at once; a collate function of one's own takes them one by one."""
 
     def __init__(self, gathered: batches.Gathered, spec: batches.BatchSpec, dtype: torch.dtype) -> None:
         self._gathered, self._spec, self._dtype = gathered, spec, dtype
@@ -236,8 +237,7 @@ class _Samples(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of a batch of {len(self)}")
-        sample = batches.sample_of(self._gathered, index % len(self))
-        return _FirstSample(_only_sample(_expanded(sample, self._spec, self._dtype)))
+        return _Sample(lambda: batches.sample_of(self._gathered, index % len(self)), self._spec, self._dtype)
 
     def collated(self) -> dict[str, Any] | _GatheredFields:
         """Return the batch."""
@@ -246,8 +246,27 @@ class _Samples(Sequence[dict[str, Any]]):
         return _GatheredFields(self._gathered, self._spec, self._dtype)
 
 
-class _FirstSample(dict[str, Any]):
-    """A sample with fields; as of `_First`, it tells PyTorch's own collate function how to go on."""
+class _Sample(Mapping[str, Any]):
+    """A sample of a batch, whose fields are made when one is asked for: PyTorch's own collate function asks for none.
+
+    As of `_First`, that function looks up how to go on by the type of the first sample.
+    """
+
+    def __init__(self, gather: Callable[[], batches.Gathered], spec: batches.BatchSpec, dtype: torch.dtype) -> None:
+        self._gather, self._spec, self._dtype = gather, spec, dtype
+
+    @functools.cached_property
+    def _fields(self) -> dict[str, Any]:
+        return _only_sample(_expanded(self._gather(), self._spec, self._dtype))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spec.fields)
+
+    def __len__(self) -> int:
+        return len(self._spec.fields)
 
 
 def _collate_samples(samples: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
@@ -256,7 +275,7 @@ def _collate_samples(samples: Sequence[Any], *, collate_fn_map: Any = None) -> A
     return default_collate([dict(sample) for sample in samples])
 
 
-default_collate_fn_map[_FirstSample] = _collate_samples
+default_collate_fn_map[_Sample] = _collate_samples
 
 
 class _GatheredFields:

@@ -182,29 +182,29 @@ class TokenDataset:
         has_next = begins + length < self.tokens
         tokens = np.empty((len(wanted), length + 1), self.dtype)
         whole = self._stream.whole
-        if whole is not None and self.tokens > length:
+        if whole is not None:
             self._stream.note_read(tokens.nbytes, len(wanted))
-            overlapping = np.lib.stride_tricks.sliding_window_view(whole, length + 1)[::length]
-            overlapping.take(np.minimum(wanted, len(overlapping) - 1), axis=0, out=tokens, mode="clip")
-        if whole is None or self.tokens <= length or not has_next.all():
-            for row, begin in enumerate(begins.tolist()):
-                if whole is None or not has_next[row]:
-                    read = self._stream.read(begin, begin + length + bool(has_next[row]))
-                    tokens[row, : len(read)] = read
+        for row, begin, end in zip(tokens, begins.tolist(), (begins + length + has_next).tolist(), strict=True):
+            row[: end - begin] = self._stream.read(begin, end) if whole is None else whole[begin:end]
         bounds, next_begins = self._bounds(begins) if with_bounds else (wanted[:0], np.zeros(len(wanted), np.bool_))
         return Windows(tokens, has_next, bounds, next_begins, np.empty((0, 2), np.int64))
 
     def _bounds(self, begins: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return `bounds` and `next_begins` of the windows that begin at tokens."""
         length = self.seq_len
-        found: list[NDArray[np.int64] | list[int]] = []
-        next_begins = np.zeros(len(begins), np.bool_)
-        for row, begin in enumerate(begins.tolist()):
-            starts = self._starts(begin + 1, min(begin + length + 1, self.tokens)) - begin
-            if len(starts) and int(starts[-1]) == length:
-                next_begins[row], starts = True, starts[:-1]
-            found += [[row * length], starts + row * length]
-        return np.concatenate([*found, [len(begins) * length]]).astype(np.int64), next_begins
+        found = self._document_index().starts_in(begins + 1, np.minimum(begins + length + 1, self.tokens))
+        last = np.array([each[-1] if len(each) else -1 for each in found], np.int64)
+        next_begins = last == begins + length
+        counts = np.array([len(each) for each in found], np.int64) - next_begins
+        row = np.arange(len(begins))
+        bounds = np.zeros(len(begins) + int(counts.sum()) + 1, np.int64)
+        at = np.cumsum(counts + 1) - (counts + 1)
+        bounds[at], bounds[-1] = row * length, len(begins) * length
+        is_start = np.ones(len(bounds), np.bool_)
+        is_start[at] = is_start[-1] = False
+        inside = [each[:-1] if is_next else each for each, is_next in zip(found, next_begins.tolist(), strict=True)]
+        bounds[is_start] = np.concatenate([*inside, begins[:0]]) - np.repeat(begins - row * length, counts)
+        return bounds, next_begins
 
     @property
     def sources(self) -> list[str]:
@@ -243,10 +243,13 @@ class TokenDataset:
         return most
 
     def _starts(self, begin: int, end: int) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = self._document_index().starts_between(begin, end)
+        return found
+
+    def _document_index(self) -> Any:
         if self._documents is None:
             self._documents = self._recorded.documents()
-        found: NDArray[np.int64] = self._documents.starts_between(begin, end)
-        return found
+        return self._documents
 
     @property
     def sample_ids(self) -> NDArray[np.uint64]:

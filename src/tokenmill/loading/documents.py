@@ -129,6 +129,21 @@ class DocumentIndex:
             found.append(starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end)])
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
 
+    def starts_in(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the tokens in each stretch at which a document starts: as `starts_between`, of many at once."""
+        first = begins // self._shard_size
+        last = np.minimum((ends - 1) // self._shard_size, len(self._shards) - 1)
+        found: list[list[NDArray[np.int64]]] = [[] for _ in begins]
+        shards = np.unique(np.concatenate([first, last])).tolist()
+        for shard in range(shards[0], shards[-1] + 1) if len(begins) and int((last - first).max()) > 1 else shards:
+            inside = np.flatnonzero((first <= shard) & (last >= shard))
+            starts = self._starts_of(shard)
+            edges = np.searchsorted(starts, np.stack([begins[inside], ends[inside]])).tolist()
+            for stretch, low, high in zip(inside.tolist(), *edges, strict=True):
+                found[stretch].append(starts[low:high])
+        nothing = np.empty(0, np.int64)
+        return [each[0] if len(each) == 1 else np.concatenate([nothing, *each]) for each in found]
+
     def _starts_of(self, shard: int) -> NDArray[np.int64]:
         with self._lock:
             starts = self._starts.pop(shard, None)
