@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=2 examples/local_train.py demo/tokens --steps 600   # goes on where it stopped
 
 Plain PyTorch and DDP, on GPUs where there are some. All that a larger trainer needs of tokenmill is here: the data
-set, a sampler whose state is one integer, and receipts of what each rank consumed (`tokenmill receipts`).
+set, a sampler whose state is one integer, batches with targets and bounds of documents, and receipts of what each rank
+consumed (`tokenmill receipts`). A view that mixes sources is read in its own order, and the loss is logged by source.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everyone calls it
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenmill import EpochSampler, ReceiptWriter
+from tokenmill import EpochSampler, ReceiptWriter, SequentialSampler
 from tokenmill.torch import SharedShardedDataset, TokenDataset, loader
 
 
@@ -38,15 +39,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, angles: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(rotated(q, angles), rotated(k, angles), v, is_causal=True)
+        x = F.scaled_dot_product_attention(rotated(q, angles), rotated(k, angles), v, attn_mask=allowed)
         return self.out(x.transpose(1, 2).reshape(batch, length, width))
 
 
 def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding: pairs of features turned by `angles`, shape `(length, head_width / 2)`."""
+    """Rotary position embedding: pairs of features turned by `angles`, shape `(batch, 1, length, head_width / 2)`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
 
@@ -59,8 +60,8 @@ class Block(nn.Module):
         self.gate, self.up = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
         self.down = nn.Linear(3 * width, width, bias=False)
 
-    def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), angles)
+    def forward(self, x: torch.Tensor, angles: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, allowed)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -75,17 +76,21 @@ class Llama(nn.Module):
         self.half_head = width // heads // 2
         nn.init.zeros_(self.head.weight)  # the first loss is that of a uniform guess
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of predicting each next token, in nats; `tokens` of shape `(batch, length)`."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        places = torch.arange(inputs.shape[1], device=tokens.device, dtype=torch.float32)
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each target, in nats, 0 where there is none; all of shape `(batch, length)`.
+
+        Attention stays inside documents: they begin where `positions` do.
+        """
+        document = (positions == 0).cumsum(1)
+        allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         frequencies = 10_000.0 ** (-torch.arange(self.half_head, device=tokens.device) / self.half_head)
-        angles = torch.outer(places, frequencies)
-        x = self.embedding(inputs)
+        angles = positions[:, None, :, None] * frequencies
+        x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, angles, allowed)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return losses.view_as(labels)
 
 
 def arguments() -> argparse.Namespace:
@@ -145,11 +150,11 @@ class World(NamedTuple):
         if self.rank == 0:
             print(line, flush=True)
 
-    def mean(self, values: list[torch.Tensor]) -> float:
-        mean = torch.stack(values).mean()
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Over all ranks."""
         if self.size > 1:
-            dist.all_reduce(mean)
-        return float(mean) / self.size
+            dist.all_reduce(values)
+        return values
 
 
 def join_world() -> World:
@@ -168,7 +173,10 @@ def main() -> None:
         raise SystemExit(f"--batch {options.batch} does not divide by {world.size} ranks")
     if options.data_root:
         os.environ["DATASET_BINS_PATH"] = options.data_root
-    dataset = SharedShardedDataset(options.drop_in, world.rank, world.size) if options.drop_in else TokenDataset()
+    drop_in = options.drop_in and SharedShardedDataset(options.drop_in, world.rank, world.size)
+    dataset = drop_in or TokenDataset(
+        fields=("input_ids", "labels", "position_ids", "source"), mask_across_documents=True
+    )
     if len(dataset) < options.batch:
         raise SystemExit(f"--batch {options.batch}: the data set has {len(dataset)} samples")
     torch.manual_seed(options.seed)  # the same initial model everywhere
@@ -188,42 +196,72 @@ def main() -> None:
 def train(state: State, dataset: TokenDataset, options: argparse.Namespace, world: World) -> None:
     trained = DistributedDataParallel(state.model) if world.size > 1 else state.model
     began, tokens = time.monotonic(), 0
-    losses: list[torch.Tensor] = []
+    names = [""] if options.drop_in else dataset.sources
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=world.device)  # losses, and targets, by source
     coming = batches(dataset, state.samples, options, world)
     while state.step < options.steps:
         batch, samples = next(coming)
         for group in state.optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (state.step + 1) / 20)
-        pieces = batch.to(world.device, torch.int64, non_blocking=True).view(-1, options.context)
+        *pieces, source = (part.to(world.device, torch.int64, non_blocking=True) for part in batch)
+        targets = (pieces[1] != -100).sum(1)
         with torch.autocast("cuda", torch.bfloat16) if world.device.type == "cuda" else nullcontext():
-            loss = trained(pieces)
+            losses = trained(*pieces).sum(1)
+        # DDP takes the mean of the ranks' gradients, so this is the mean over all targets of all ranks.
+        loss = losses.sum() * world.size / world.sum(targets.sum())
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()
         state.step, state.samples = state.step + 1, samples
-        losses.append(loss.detach())
-        tokens += batch.numel() * world.size
+        sums.index_add_(1, source, torch.stack([losses.detach(), targets]).double())
+        tokens += pieces[0].numel() * world.size
         if state.step % options.log_every == 0 or state.step == options.steps:
             rate = tokens / (time.monotonic() - began) / 1e3
-            world.say(f"step {state.step:5}  loss {world.mean(losses):.4f}  {rate:6.1f} k tokens/s")
-            losses.clear()
+            losses_, counts = world.sum(sums)
+            mean = float(losses_.sum() / counts.sum())
+            by_source = "".join(
+                f"  {name} {loss / count:.4f}"
+                for name, loss, count in zip(names, losses_.tolist(), counts.tolist(), strict=True)
+                if count and len(names) > 1
+            )
+            world.say(f"step {state.step:5}  loss {mean:.4f}  {rate:6.1f} k tokens/s{by_source}")
+            sums.zero_()
         if world.rank == 0 and (state.step % options.checkpoint_every == 0 or state.step == options.steps):
             state.save(options.checkpoint)
     coming.close()
 
 
+def cut(batch: dict[str, torch.Tensor] | torch.Tensor, context: int) -> list[torch.Tensor]:
+    """Pieces of `context` tokens: ids, labels and positions, each of shape `(pieces, context)`, and their sources."""
+    if isinstance(batch, torch.Tensor):  # of Templar's class: ids alone
+        pieces = batch.view(-1, context)
+        places = torch.arange(context - 1).expand(len(pieces), -1)
+        return [pieces[:, :-1], pieces[:, 1:], places, torch.zeros(len(pieces), dtype=torch.int64)]
+    parts = [batch[name].view(-1, context) for name in ("input_ids", "labels", "position_ids")]
+    return [*parts, batch["source"].repeat_interleave(len(parts[0]) // len(batch["source"]))]
+
+
 def batches(
     dataset: TokenDataset, samples: int, options: argparse.Namespace, world: World
-) -> Generator[tuple[torch.Tensor, int], None, None]:
+) -> Generator[tuple[list[torch.Tensor], int], None, None]:
     """This rank's batches from sample `samples` of all epochs on, each with what `samples` is after it.
 
-    What all ranks together would not fill a batch with, at the end of an epoch, is left out. When an epoch or the
-    run ends, a receipt of what this rank consumed of it is left beside the checkpoint.
+    A mixture is read in its own order, all else in that of its epoch. What all ranks together would not fill a batch
+    with, at the end, is left out. When an epoch or the run ends, a receipt of what this rank consumed of it is left
+    beside the checkpoint.
     """
+    is_mixture = not options.drop_in and dataset.data.is_mixture
     while True:
         epoch, start = divmod(samples, len(dataset))
-        sampler = EpochSampler(len(dataset), options.seed, epoch, world.rank, world.size, start)
+        if is_mixture and epoch:
+            raise SystemExit(f"--steps {options.steps}: the mixture ends after {len(dataset)} samples")
+        place = (world.rank, world.size, start)
+        sampler = (
+            SequentialSampler(len(dataset), *place)
+            if is_mixture
+            else EpochSampler(len(dataset), options.seed, epoch, *place)
+        )
         coming = loader(
             dataset,
             sampler,
@@ -235,8 +273,9 @@ def batches(
         receipt = ReceiptWriter(dataset.data, sampler)
         try:
             for batch in itertools.islice(coming, steps):
-                receipt.add(sampler.indices(receipt.samples, receipt.samples + len(batch)))
-                yield batch, samples + receipt.samples * world.size
+                count = options.batch // world.size
+                receipt.add(sampler.indices(receipt.samples, receipt.samples + count))
+                yield cut(batch, options.context), samples + receipt.samples * world.size
         finally:
             receipt.receipt().save(options.checkpoint / f"receipt-epoch{epoch}-from{start}-rank{world.rank}.json")
         samples = (epoch + 1) * len(dataset)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import REPOSITORY, run_cli
+from conftest import REPOSITORY, run_cli, text
 from support.data_roots import SEQ_LEN, consolidated, shards, without_records  # noqa: F401  # fixtures
+from support.views import make
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tokenmill[torch]'")
 
@@ -22,6 +23,8 @@ from torch.utils.data import BatchSampler, DataLoader, default_collate  # noqa: 
 from tokenmill import EpochSampler, errors  # noqa: E402
 from tokenmill import TokenDataset as NumPyDataset  # noqa: E402
 from tokenmill.torch import SharedShardedDataset, TokenDataset, loader  # noqa: E402
+from tokenmill.views.build import build_view  # noqa: E402
+from tokenmill.views.spec import ViewSource, ViewSpec, ViewStage  # noqa: E402
 
 TRAINERS = (REPOSITORY / "docs" / "trainers.md").read_text()
 
@@ -183,20 +186,35 @@ def losses(lines: list[str]) -> dict[int, float]:
     return {int(words[1]): float(words[3]) for words in found}
 
 
-def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: Path, tmp_path: Path) -> None:
-    """Stopped and resumed, with as many ranks or more, it takes the samples and has the losses of one long run."""
+@pytest.fixture(scope="module")
+def mixture(consolidated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of packed samples: of both sources, then of the other one alone."""
+    folder = tmp_path_factory.mktemp("mixture")
+    other = make(folder, "other", {"a.parquet": [text(i, 30) for i in range(900, 1_100)]}, seq_len=SEQ_LEN)
+    sources = [
+        ViewSource(name="first", root=str(consolidated), weight=2, max_epochs=2),
+        ViewSource(name="other", root=str(other), weight=1, max_epochs=2),
+    ]
+    stages = [ViewStage(samples=70), ViewStage(samples=60, weights={"other": 1})]
+    build_view(ViewSpec(sources=sources, seq_len=SEQ_LEN, packing="best-fit", stages=stages), folder / "view")
+    return folder / "view"
+
+
+def test_the_example_learns_a_mixture_and_goes_on_in_the_middle_of_a_stage(mixture: Path, tmp_path: Path) -> None:
+    """Stopped and resumed with fewer ranks, it takes the samples and has the losses of one long run, by source."""
     steps, batch = 30, 4
-    whole = train(consolidated, tmp_path / "whole", "--steps", steps, "--batch", batch)
+    whole = train(mixture, tmp_path / "whole", "--steps", steps, "--batch", batch)
     unigram = float(whole[1].split()[-1])
     assert losses(whole)[steps] < losses(whole)[1] - 1
     assert losses(whole)[steps] < unigram + 0.5
-    samples = len(NumPyDataset(consolidated))
-    assert steps * batch < samples  # one epoch
-    first = train(consolidated, tmp_path / "parts", "--steps", 12, "--batch", batch)
-    rest = train(consolidated, tmp_path / "parts", "--steps", steps, "--batch", batch, "--drop-in", SEQ_LEN, ranks=1)
+    first = train(mixture, tmp_path / "parts", "--steps", 12, "--batch", batch)
+    rest = train(mixture, tmp_path / "parts", "--steps", steps, "--batch", batch, ranks=1)
     assert list(losses(first)) == list(range(1, 13))
     for step, loss in (losses(first) | losses(rest)).items():
         assert loss == pytest.approx(losses(whole)[step], abs=2e-3)
+    by_source = {int(line.split()[1]): line.split("k tokens/s")[1].split()[::2] for line in whole if line[:4] == "step"}
+    assert by_source[5] == ["first", "other"]
+    assert all(by_source[step] == ["other"] for step in range(19, steps + 1))
     receipts = sorted(tmp_path.glob("*/receipt-*.json"))
     assert [path.parent.name + path.stem for path in receipts] == [
         "partsreceipt-epoch0-from0-rank0",
@@ -205,8 +223,13 @@ def test_the_example_learns_and_goes_on_in_the_middle_of_an_epoch(consolidated: 
         "wholereceipt-epoch0-from0-rank0",
         "wholereceipt-epoch0-from0-rank1",
     ]
-    checked = run_cli("receipts", consolidated, *receipts)
+    checked = run_cli("receipts", mixture, *receipts)
     assert (checked.returncode, checked.stdout.count(": true")) == (0, 5), checked.stdout
+
+
+def test_the_example_with_templars_class(consolidated: Path, tmp_path: Path) -> None:
+    found = losses(train(consolidated, tmp_path, "--steps", 12, "--batch", 4, "--drop-in", SEQ_LEN, ranks=1))
+    assert found[12] < found[1] - 0.3
 
 
 def test_the_example_goes_on_into_the_next_epoch(consolidated: Path, tmp_path: Path) -> None:

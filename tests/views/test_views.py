@@ -620,7 +620,7 @@ def test_the_page_on_views_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         else:
             content, _, name = line.removeprefix("echo ").partition(" > ")
             Path(name).write_text(content.strip('"') + "\n")
-    assert ran == 11
+    assert ran == 16
     week2 = manifest.load(Path("week2"))
     assert [file.path for file in week2.files] == ["part-2.parquet"]
     assert any("earlier data roots" in note for note in week2.notes)

@@ -207,6 +207,11 @@ class TokenDataset:
         return bounds, next_begins
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether samples lie in the order in which to train on them (`SequentialSampler`), as a view by weight."""
+        return isinstance(self._recorded, OpenView) and bool(self._recorded.view.stages)
+
+    @property
     def sources(self) -> list[str]:
         """Names of what samples come from: the sources of a view, or the data root."""
         if isinstance(self._recorded, OpenView):

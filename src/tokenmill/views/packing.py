@@ -84,9 +84,10 @@ def _pack_window(documents: NDArray[np.int64], lengths: NDArray[np.uint32], seq_
     earliest[sample[::-1]] = number[::-1]  # the last of several assignments stays
     rank = np.empty(best.samples, np.int64)
     rank[np.argsort(earliest)] = np.arange(best.samples)
-    order = np.sort(rank[sample] << 32 | number) & 0xFFFFFFFF
-    free = seq_len - np.bincount(rank[sample], weights=length, minlength=best.samples).astype(np.int64)
-    ends = np.cumsum(np.bincount(rank[sample], minlength=best.samples))
+    sample = rank[sample]
+    order = np.sort(sample << 32 | number) & 0xFFFFFFFF
+    free = seq_len - np.bincount(sample, weights=length, minlength=best.samples).astype(np.int64)
+    ends = np.cumsum(np.bincount(sample, minlength=best.samples))
     padded = np.flatnonzero(free)
     return Entries(
         np.insert(place[order], ends[padded], PADDING_PLACE), np.insert(length[order], ends[padded], free[padded])
@@ -98,9 +99,9 @@ def _cut(place: NDArray[np.int64], length: NDArray[np.int64], seq_len: int) -> E
     if len(length) == 0 or int(length.max()) <= seq_len:
         return Entries(place, length)
     pieces = -(-length // seq_len)
-    number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    offset = number * seq_len
-    return Entries(np.repeat(place, pieces) + offset, np.minimum(np.repeat(length, pieces) - offset, seq_len))
+    of = np.repeat(np.arange(len(length)), pieces)
+    offset = (np.arange(len(of)) - (np.cumsum(pieces) - pieces)[of]) * seq_len
+    return Entries(place[of] + offset, np.minimum(length[of] - offset, seq_len))
 
 
 def _best_fit(counts: NDArray[np.int64], seq_len: int) -> _Best:
