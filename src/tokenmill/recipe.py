@@ -20,6 +20,7 @@ from tokenmill.errors import RecipeError
 from tokenmill.options import LARGEST_COUNT, parse_count
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_COUNT)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 DEFAULT_SHARD_SIZE = 256 * 1024 * 1024
 
@@ -32,6 +33,23 @@ _COUNTS = {"buffer_size", "shard_size", "total_tokens", "seq_len"}
 
 SIDECAR_COLUMNS = ("start", "tokens", "source", "row", "text_xxh3")
 """Columns of the documents sidecar that are not metadata."""
+
+_FIRST_SETTINGS = frozenset(
+    {
+        "text_column",
+        "text_separator",
+        "order",
+        "seed",
+        "buffer_size",
+        "shard_size",
+        "total_tokens",
+        "dtype",
+        "special_in_text",
+        "eos_token",
+        "seq_len",
+    }
+)
+"""What the fingerprint always has. No field is ever added here."""
 
 _KINDS = ("string", "int64", "float64", "bool")
 
@@ -118,9 +136,23 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Appended, as an id, to every document; null takes the tokenizer's own."""
     seq_len: Positive = 2048
     """Tokens per training sample."""
+    bos: Literal["none", "prepend"] = "none"
+    """`prepend` begins every document with the beginning-of-sequence token, as an id."""
+    bos_token: str | None = None
+    """That token; null takes the tokenizer's own."""
+    fim_rate: Share = 0.0
+    """Share of the documents that are taken apart for fill in the middle (`encoding/framing.py`), by their text."""
+    fim_spm_rate: Share = 0.5
+    """Share of those that are put in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
+    fim_tokens: tuple[str, str, str] | None = None
+    """Sentinels before prefix, middle and suffix, each one token; null takes the tokenizer's, if it has known ones."""
 
     def __post_init__(self) -> None:
-        """Require that the metadata columns can be told apart."""
+        """Require that the metadata columns can be told apart, and that what is named is used."""
+        if self.bos_token is not None and self.bos == "none":
+            raise ValueError(f'bos_token {self.bos_token!r} is named, but bos is "none": expected "prepend"')
+        if self.fim_tokens is not None and not self.fim_rate:
+            raise ValueError("fim_tokens are named, but fim_rate is 0: expected a share of the documents")
         taken: set[str] = set()
         for column in self.metadata:
             if column.name.lower() in SIDECAR_COLUMNS:
@@ -145,23 +177,30 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field but `dataset` and `tokenizer`, as sorted JSON; no metadata columns are left out."""
+        """SHA-256 over the fields as sorted JSON, but `dataset` and `tokenizer`, and later ones that say nothing.
+
+        A field that the first recipes did not have is left out where it has its default: so recipes that do not use it
+        keep their fingerprint, and data roots that were made before there was such a field are of the same recipe.
+        """
         return hashlib.sha256(msgspec.json.encode(self._settings(), order="sorted")).hexdigest()
 
     def difference(self, other: Recipe) -> str | None:
         """Return the first setting in which `other` would make other bytes, as `field: mine, theirs`."""
-        mine, theirs = self._settings(), other._settings()
-        for field in {**mine, **theirs}:
+        mine, theirs = (msgspec.to_builtins(recipe) for recipe in (self, other))
+        for field in {**self._settings(), **other._settings()}:
             if mine.get(field) != theirs.get(field):
                 return f"{field} = {mine.get(field)!r} there, {theirs.get(field)!r} here"
         return None
 
     def _settings(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        del fields["dataset"], fields["tokenizer"]
-        if not self.metadata_columns:  # as before there were any
-            del fields["metadata_columns"]
-        return fields
+        defaults = {field.name: field.default for field in msgspec.structs.fields(self)}
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in _FIRST_SETTINGS
+            or (name not in ("dataset", "tokenizer") and getattr(self, name) != defaults[name])
+        }
 
 
 def builtin_recipes() -> list[str]:

@@ -70,7 +70,13 @@ def make_way(root: Path, recipe: Recipe) -> None:
             return
         size = {"shard_size": recipe.shard_size, "total_tokens": recipe.total_tokens}
         same = msgspec.structs.replace(manifest.recipe, **size)
-        resolved = msgspec.structs.replace(recipe, dtype=same.dtype, eos_token=same.eos_token)
+        open_fields = {"dtype": same.dtype, "eos_token": same.eos_token}
+        open_fields |= {
+            name: getattr(same, name)
+            for name in ("bos_token", "fim_tokens")
+            if getattr(recipe, name) is None and (recipe.bos, recipe.fim_rate) == (same.bos, same.fim_rate)
+        }
+        resolved = msgspec.structs.replace(recipe, **open_fields)
         if manifest.recipe.shard_size >= recipe.shard_size or resolved.difference(same) is not None:
             return
         for name in (layout.shard_name(0), layout.documents_name(0), layout.MANIFEST):

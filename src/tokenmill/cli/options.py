@@ -125,6 +125,30 @@ recipe_options = combine(
         click.option(
             "--eos-token", metavar="TOKEN", help="Token that ends every document.  [default: the tokenizer's own]"
         ),
+        click.option(
+            "--bos",
+            type=click.Choice(["none", "prepend"]),
+            help="Whether every document begins with the beginning-of-sequence token.  [default: none]",
+        ),
+        click.option("--bos-token", metavar="TOKEN", help="That token.  [default: the tokenizer's own]"),
+        click.option(
+            "--fim-rate",
+            type=click.FloatRange(0, 1),
+            metavar="SHARE",
+            help="Share of the documents that are taken apart, to train a model to fill in the middle.  [default: 0]",
+        ),
+        click.option(
+            "--fim-spm-rate",
+            type=click.FloatRange(0, 1),
+            metavar="SHARE",
+            help="Share of those in the order suffix, prefix, middle, not prefix, suffix, middle.  [default: 0.5]",
+        ),
+        click.option(
+            "--fim-tokens",
+            nargs=3,
+            metavar="PREFIX MIDDLE SUFFIX",
+            help="Tokens that stand before these parts.  [default: the tokenizer's, if it has known ones]",
+        ),
         click.option("--seq-len", type=Count(), metavar="TOKENS", help="Tokens per training sample.  [default: 2048]"),
     ]
 )

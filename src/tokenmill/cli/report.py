@@ -25,12 +25,24 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.pipeline.job import RunInputs
     from tokenmill.pipeline.preflight import Preflight
     from tokenmill.pipeline.summary import Summary
+    from tokenmill.recipe import Recipe
     from tokenmill.shards.consolidate import ConsolidationReport
     from tokenmill.transfer.selection import TransferReport as Transfer
     from tokenmill.verification.verify import Verification
     from tokenmill.views.build import PackingPlan
     from tokenmill.views.disjoint import Disjointness
     from tokenmill.views.write import WriteReport
+
+
+def _framing(recipe: Recipe) -> dict[str, str]:
+    """Describe what surrounds and divides documents, besides EOS."""
+    found = {"begin with": f"BOS {recipe.bos_token}"} if recipe.bos == "prepend" else {}
+    if recipe.fim_rate:
+        found["fill in"] = (
+            f"{recipe.fim_rate:.1%} of the documents are taken apart at {' '.join(recipe.fim_tokens or ())}, "
+            f"{recipe.fim_spm_rate:.1%} of these as suffix, prefix, middle"
+        )
+    return found
 
 
 def plan_lines(prepared: RunInputs, figures: Preflight, output: Path, workers: int) -> list[str]:
@@ -45,6 +57,7 @@ def plan_lines(prepared: RunInputs, figures: Preflight, output: Path, workers: i
         f"{about}{figures.rows:,} rows",
         "tokenizer": f"{encoder.tokenizer.name}: {encoder.tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} "
         f"= {encoder.tokenizer.eos_id}, backend {encoder.backend.version}",
+        **_framing(recipe),
         "order": order,
         "tokens": f"about {count(figures.tokens)} ({limit}; "
         f"the corpus has about {count(figures.estimated_corpus_tokens)})",
@@ -249,6 +262,7 @@ def info_lines(found: Info) -> list[str]:
             "order": order,
             "recipe": f"shard_size {recipe.shard_size:,}, total_tokens {recipe.total_tokens}, "
             f"special_in_text {recipe.special_in_text}, seq_len {recipe.seq_len:,}",
+            **_framing(recipe),
             "fingerprint": found.fingerprint or "",
             "made with": ", ".join(f"{name} {version}" for name, version in found.software.items()),
         }
@@ -315,9 +329,15 @@ _PLAIN = "\x1b[0m"
 def sample_lines(found: Sample, *, colour: bool) -> list[str]:
     """Return the text with the bounds of its tokens: shades on a terminal, bars elsewhere."""
     lines = place_lines(found.place)[:1]
-    for part in found.place.documents:
+    for part, original in zip(found.place.documents, found.originals, strict=True):
         tokens = found.tokens[part.begin - found.place.begin : part.end - found.place.begin]
         lines += ["", f"\u2500\u2500 {_origin(part)} \u2500\u2500", *_bounded(tokens, colour).split("\n")]
+        if original is not None:
+            lines += [
+                "",
+                "\u2500\u2500 its text before it was taken apart \u2500\u2500",
+                *_printable(original).split("\n"),
+            ]
     return lines + _padding_lines(found)
 
 

@@ -94,6 +94,10 @@ class TokenizerRecord(msgspec.Struct):
     vocab_size: Natural
     eos_id: Natural
     probe: dict[str, list[int]]
+    bos_id: Natural | None = None
+    """Begins every document, if the recipe says so."""
+    fim_ids: tuple[Natural, Natural, Natural] | None = None
+    """Sentinels before prefix, middle and suffix of documents that were taken apart."""
 
 
 class FileRecord(msgspec.Struct):

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenmill.corpus.reader import Texts, concatenate
 from tokenmill.dataroot.layout import smallest_dtype
 from tokenmill.dataroot.npy import TokenArray, token_dtype
+from tokenmill.encoding.framing import take_apart
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend, refuse_fatal
 from tokenmill.encoding.long_documents import LONG_NBYTES, Cut, cut_document
 from tokenmill.encoding.text_hash import text_hashes
@@ -110,7 +111,7 @@ class EncodedBatch(NamedTuple):
     """What the rows of one span, or of several spans after each other, became."""
 
     tokens: TokenArray
-    """All its documents' tokens, each ended by EOS, in row order."""
+    """All its documents' tokens, each ended by EOS, and begun by BOS if the recipe says so, in row order."""
     lengths: NDArray[np.int64]
     """Tokens of each row, EOS included, shape `(rows,)`; 0 where the row yields no document."""
     flags: NDArray[np.uint8]
@@ -242,24 +243,34 @@ class Encoder:
         documents = strings if len(rows) == len(strings) else strings.take(pa.array(rows))
         special = self._matches(documents, self._special)
         flags[rows[special]] = SPECIAL
-
-        encoded: list[tuple[TokenArray, NDArray[np.int64], int]] = []
-        for first, end, is_long in self._runs(documents):
-            run = documents.slice(first, end - first)
-            if is_long:
-                encoded.append(self._encode_long(run, rows[first:end], origin, pool))
-            else:
-                of_run = special[(special >= first) & (special < end)] - first
-                encoded.append(self._encode_run(run, of_run, rows[first:end], origin))
-        tokens, counts, audited = zip(*encoded, strict=True)
-        lengths = np.zeros(len(strings), np.int64)
-        lengths[rows] = np.concatenate(counts)
         hashes = np.zeros(len(strings), np.uint64)
         hashes[rows] = text_hashes(documents)
-        joined = tokens[0] if len(tokens) == 1 else cast(TokenArray, np.concatenate(tokens))
+        framing = {"bos_id": self.tokenizer.bos_id, "fim": self.tokenizer.fim}
+        pieces = take_apart(documents, hashes[rows], **framing)  # type: ignore[arg-type]
+        if pieces.texts is not documents:
+            special = self._matches(pieces.texts, self._special)
+        rows_of = rows[pieces.document]
+
+        encoded: list[tuple[NDArray[np.uint32], NDArray[np.int64], int]] = []
+        for first, end, is_long in self._runs(pieces.texts):
+            run = pieces.texts.slice(first, end - first)
+            if is_long:
+                encoded.append(self._encode_long(run, rows_of[first:end], origin, pool))
+            else:
+                of_run = special[(special >= first) & (special < end)] - first
+                encoded.append(self._encode_run(run, of_run, rows_of[first:end], origin))
+        ids, counts, audited = zip(*encoded, strict=True)
+        tokens, of_documents = pieces.framed(
+            ids[0] if len(ids) == 1 else np.concatenate(ids),
+            np.concatenate(counts),
+            eos_id=self.tokenizer.eos_id,
+            dtype=self.dtype,
+        )
+        lengths = np.zeros(len(strings), np.int64)
+        lengths[rows] = of_documents
         metadata = [span.texts.metadata for span in spans if span.texts.metadata is not None]
         kept = pa.concat_tables(metadata).combine_chunks() if metadata else None
-        return EncodedBatch(joined, lengths, flags, hashes, strings.nbytes, sum(audited), bad, kept)
+        return EncodedBatch(tokens, lengths, flags, hashes, strings.nbytes, sum(audited), bad, kept)
 
     def _runs(self, documents: pa.LargeStringArray) -> Iterator[tuple[int, int, bool]]:
         """Yield the bounds of runs of documents that are encoded together, and whether it is one that is cut."""
@@ -281,8 +292,8 @@ class Encoder:
         special: NDArray[np.int64],
         rows: NDArray[np.int64],
         origin: _RowOrigin,
-    ) -> tuple[TokenArray, NDArray[np.int64], int]:
-        """Return the tokens of documents, how many each has, and how many documents were audited."""
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
+        """Return the ids of texts, how many each has, and how many texts were audited."""
         try:
             ids, offsets = self.encode_documents(documents, special)
         except CannotEncodeError as error:  # by the reference backend, which encodes all documents then
@@ -294,7 +305,7 @@ class Encoder:
         added = special if self._added == self._special else self._matches(documents, self._added)
         chosen = np.union1d(self._sample(documents, origin.rows(rows)), added[:AUDIT_ADDED_PER_BATCH])
         audited = self._audit(documents, ids, offsets, chosen, lambda row: origin.name(int(rows[row])))
-        return self._with_eos(ids, offsets), np.diff(offsets) + 1, audited
+        return ids, np.diff(offsets), audited
 
     def _encode_long(
         self,
@@ -302,26 +313,26 @@ class Encoder:
         rows: NDArray[np.int64],
         origin: _RowOrigin,
         pool: ThreadPoolExecutor | None,
-    ) -> tuple[TokenArray, NDArray[np.int64], int]:
-        """Do as `_encode_run` for one document, which is cut."""
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
+        """Do as `_encode_run` for one text, which is cut."""
 
-        def encode(group: tuple[pa.LargeStringArray, slice]) -> TokenArray:
+        def encode(group: tuple[pa.LargeStringArray, slice]) -> NDArray[np.uint32]:
             strings, are_pieces = group
             ids, offsets = self.encode_documents(strings, self._matches(strings, self._special))
             self._check_range(ids, lambda at: origin.name(int(rows[0])))
             bounds = list(itertools.pairwise(offsets.tolist()))[are_pieces]
             pieces = [ids[begin:end] for begin, end in bounds]
-            return cast(TokenArray, np.concatenate(pieces, dtype=self.dtype, casting="unsafe"))
+            return np.concatenate(pieces)
 
         assert self.backend.cut is not None
         groups = cut_document(document, self.backend.cut)
         encoded = list(map(encode, groups) if pool is None else pool.map(encode, groups))
-        tokens = np.concatenate([*encoded, np.array([self.tokenizer.eos_id], self.dtype)])
+        tokens = np.concatenate(encoded)
         chosen = self._sample(document, origin.rows(rows))
         audited = self._audit(
             document, np.empty(0, np.uint32), np.zeros(2, np.int64), chosen, lambda row: origin.name(int(rows[row]))
         )
-        return cast(TokenArray, tokens), np.array([len(tokens)]), audited
+        return tokens, np.array([len(tokens)]), audited
 
     def _check_range(self, ids: NDArray[np.uint32], name: Callable[[int], str]) -> None:
         """Require that ids are of the vocabulary; `name` says what the one at a position belongs to."""
@@ -353,17 +364,6 @@ class Encoder:
         new_offsets = np.zeros_like(offsets)
         np.cumsum([len(piece) for piece in pieces], out=new_offsets[1:])
         return np.concatenate(pieces), new_offsets
-
-    def _with_eos(self, ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> TokenArray:
-        """Cast, and put EOS after each document, in one pass without the GIL."""
-        documents = len(offsets) - 1
-        tokens = np.empty(len(ids) + documents, self.dtype)
-        ends = offsets[1:] + np.arange(documents)
-        is_text = np.ones(len(tokens), np.bool_)
-        is_text[ends] = False
-        tokens[is_text] = ids
-        tokens[ends] = self.tokenizer.eos_id
-        return tokens
 
     def _audit(
         self,

@@ -90,6 +90,17 @@ class HFBackend:
                 f"tokenizer {tokenizer.name}: {self.version} lacks {tokenizer.eos_token!r}, which the file has",
                 next_step="name another end-of-sequence token with --eos-token",
             )
+        named = [token for token in (tokenizer.bos_token, *(tokenizer.fim.tokens if tokenizer.fim else ())) if token]
+        if lacking := [token for token in named if token not in ids]:
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name}: {self.version} lacks {lacking[0]!r}, which the file has",
+                next_step="name another token",
+            )
+        if tokenizer.bos_token is not None:
+            tokenizer = tokenizer._replace(bos_id=ids[tokenizer.bos_token])
+        if tokenizer.fim is not None:
+            prefix, middle, suffix = (ids[token] for token in tokenizer.fim.tokens)
+            tokenizer = tokenizer._replace(fim=tokenizer.fim._replace(ids=(prefix, middle, suffix)))
         return tokenizer._replace(
             eos_id=eos_id, vocab_size=max(ids.values()) + 1, added_tokens=tuple(sorted(added, key=lambda t: t.id))
         )

@@ -15,7 +15,9 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from tokenmill.encoding.framing import Fim
 from tokenmill.errors import TokenizerError
+from tokenmill.recipe import Recipe
 
 MAX_IDS = 1 << 24
 """Ids must be below this: libraries allocate a table up to the largest one."""
@@ -55,6 +57,65 @@ class TokenizerFile(NamedTuple):
     vocab_size: int
     """One more than the largest id, added tokens included."""
     added_tokens: tuple[AddedToken, ...]
+    own_bos: str | None = None
+    """The beginning-of-sequence token that is configured beside the file."""
+    bos_token: str | None = None
+    """What begins documents, once `with_special_tokens` says that something does."""
+    bos_id: int | None = None
+    fim: Fim | None = None
+    """How documents are taken apart, likewise."""
+
+
+KNOWN_FIM_TOKENS = (
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
+    ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>"),
+)
+"""Sentinels of StarCoder, of Qwen Coder and others, of SantaCoder, and of Code Llama."""
+
+
+def with_special_tokens(tokenizer: TokenizerFile, recipe: Recipe) -> TokenizerFile:
+    """Return a tokenizer with what begins documents and takes them apart, as a recipe says.
+
+    Raises:
+        TokenizerError: it has no such token.
+    """
+    if recipe.bos == "none" and not recipe.fim_rate:
+        return tokenizer
+    fields = msgspec.json.decode(tokenizer.json)
+    ids = _vocabulary(tokenizer.name, Path("tokenizer.json"), fields)
+    ids |= {token.content: token.id for token in tokenizer.added_tokens}
+    if recipe.bos == "prepend":
+        bos = recipe.bos_token or tokenizer.own_bos
+        if bos is None or bos not in ids:
+            found = "none" if bos is None else f"{bos!r}, which is not in its vocabulary of {len(ids)}"
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name}: expected a beginning-of-sequence token, found {found}",
+                next_step="name it with --bos-token (or bos_token in the recipe)",
+            )
+        tokenizer = tokenizer._replace(bos_token=bos, bos_id=ids[bos])
+    if recipe.fim_rate:
+        known = (each for each in KNOWN_FIM_TOKENS if all(token in ids for token in each))
+        tokens = recipe.fim_tokens or next(known, None)
+        if tokens is None or not all(token in ids for token in tokens):
+            lacking = "none that is known" if tokens is None else repr(next(t for t in tokens if t not in ids))
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name}: expected sentinels for fill in the middle, each one token of its "
+                f"vocabulary, found {lacking}{'' if tokens is None else ', which is not'}",
+                next_step="name the three with --fim-tokens PREFIX MIDDLE SUFFIX (or fim_tokens in the recipe), or add "
+                "them to the tokenizer",
+            )
+        if len(set(tokens)) < 3:
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name}: expected three different sentinels, found {', '.join(tokens)}",
+                next_step="name three with --fim-tokens PREFIX MIDDLE SUFFIX",
+            )
+        prefix, middle, suffix = tokens
+        named = ids[prefix], ids[middle], ids[suffix]
+        fim = Fim(recipe.fim_rate, recipe.fim_spm_rate, recipe.seed, (prefix, middle, suffix), named)
+        tokenizer = tokenizer._replace(fim=fim)
+    return tokenizer
 
 
 def load_tokenizer(name: str, *, eos_token: str | None = None, revision: str | None = None) -> TokenizerFile:
@@ -93,7 +154,7 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
     ids = _vocabulary(name, path, fields) | {token.content: token.id for token in added}
     if not ids:
         raise TokenizerError(f"tokenizer {name}: {path} has an empty vocabulary", next_step=_GIVE_HF)
-    eos = eos_token or _configured_eos(name, path.parent)
+    eos = eos_token or _configured(name, path.parent, "eos_token")
     if eos is None:
         raise TokenizerError(
             f"tokenizer {name}: no end-of-sequence token: expected eos_token in tokenizer_config.json "
@@ -114,6 +175,7 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
         eos_id=ids[eos],
         vocab_size=max(ids.values()) + 1,
         added_tokens=added,
+        own_bos=_configured(name, path.parent, "bos_token"),
     )
 
 
@@ -161,8 +223,8 @@ def _converted(name: str, path: Path, value: object, kind: Any, field: str) -> A
         ) from None
 
 
-def _configured_eos(name: str, folder: Path) -> str | None:
-    """`eos_token` as HF `transformers` stores it: a string or an object with `content`."""
+def _configured(name: str, folder: Path, field: str) -> str | None:
+    """`eos_token` or `bos_token` as HF `transformers` stores it: a string or an object with `content`."""
     for file_name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / file_name
         if not file.is_file():
@@ -178,12 +240,12 @@ def _configured_eos(name: str, folder: Path) -> str | None:
             raise TokenizerError(
                 f"tokenizer {name}: {file}: expected a JSON object, found {type(config).__name__}", next_step=mend
             )
-        token = config.get("eos_token")
+        token = config.get(field)
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and not isinstance(token, str):
             raise TokenizerError(
-                f"tokenizer {name}: {file}: eos_token: expected a string, found {token!r:.60}", next_step=mend
+                f"tokenizer {name}: {file}: {field}: expected a string, found {token!r:.60}", next_step=mend
             )
         if token:
             return token

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from tokenmill.encoding.framing import put_together
 from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
@@ -145,6 +146,8 @@ class Sample(NamedTuple):
 
     place: Provenance
     tokens: list[Token]
+    originals: tuple[str | None, ...] = ()
+    """Of each document that was taken apart for fill in the middle, and is at hand as a whole: its text as it was."""
 
 
 def show(root: Path, sample: int) -> Sample:
@@ -162,7 +165,20 @@ def show(root: Path, sample: int) -> Sample:
     documents = [tokens[part.begin - place.begin : part.end - place.begin] for part in place.documents]
     pieces = [piece for ids in documents for piece in backend.pieces(ids)]
     pieces += [""] * (len(tokens) - len(pieces))  # padding
-    return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)])
+    originals = tuple(_original(found, backend, part) for part in place.documents)
+    return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)], originals)
+
+
+def _original(found: DataRoot | OpenView, backend: HFBackend, part: DocumentSlice) -> str | None:
+    """Return the text of a document as it was before it was taken apart; None if it was not, or is not whole here."""
+    recorded = found.tokenizer
+    begin, end = part.begin - part.document_begin, part.end + part.document_tokens - part.document_end
+    is_whole = (begin, end) == (part.begin, part.end) or isinstance(found, DataRoot)
+    if recorded is None or recorded.fim_ids is None or not is_whole or end > found.tokens().tokens:
+        return None
+    ids = found.tokens().read(begin, end).tolist()
+    parts = put_together(ids, recorded.fim_ids, bos_id=recorded.bos_id, eos_id=recorded.eos_id)
+    return None if parts is None else "".join(backend.decode(each) for each in parts)
 
 
 def open_backend(found: DataRoot | OpenView) -> HFBackend:

@@ -260,9 +260,8 @@ class OpenView(NamedTuple):
     @property
     def tokenizer(self) -> TokenizerRecord:
         """What made the tokens of all its sources."""
-        found = self.sources[0].tokenizer
-        assert found is not None
-        return found
+        every = [source.tokenizer for source in self.sources if source.tokenizer is not None]
+        return next((each for each in every if each.fim_ids is not None), every[0])
 
     @property
     def eos_token(self) -> str | None:

@@ -18,7 +18,7 @@ from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.earlier_run import refuse_foreign
 from tokenmill.dataroot.manifest import FileRecord, Manifest, TokenizerRecord
 from tokenmill.encoding.encoder import Encoder
-from tokenmill.encoding.tokenizer import load_tokenizer
+from tokenmill.encoding.tokenizer import load_tokenizer, with_special_tokens
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.pipeline.cluster_engine import ClusterEngine
@@ -75,6 +75,8 @@ class RunInputs(NamedTuple):
                 tokenizer.vocab_size,
                 tokenizer.eos_id,
                 probe={},
+                bos_id=tokenizer.bos_id,
+                fim_ids=tokenizer.fim.ids if tokenizer.fim is not None else None,
             ),
             software=self.software(),
             files=[FileRecord(file.path, file.nbytes, etag=file.etag) for file in self.corpus.files],
@@ -133,9 +135,17 @@ def find_inputs(
     where = recipe.dataset, recipe.text_column, recipe.text_separator
     corpus = find_corpus(*where, store, only=only, metadata=recipe.metadata)
     tokenizer = load_tokenizer(recipe.tokenizer, eos_token=recipe.eos_token, revision=revision)
+    tokenizer = with_special_tokens(tokenizer, recipe)
     encoder = Encoder(tokenizer, backend=tokenizer_backend, special_in_text=recipe.special_in_text, dtype=recipe.dtype)
     dataset = without_secrets(recipe.dataset)
-    resolved = msgspec.structs.replace(recipe, dataset=dataset, dtype=encoder.dtype.name, eos_token=tokenizer.eos_token)
+    resolved = msgspec.structs.replace(
+        recipe,
+        dataset=dataset,
+        dtype=encoder.dtype.name,
+        eos_token=tokenizer.eos_token,
+        bos_token=tokenizer.bos_token,
+        fim_tokens=tokenizer.fim.tokens if tokenizer.fim is not None else None,
+    )
     return RunInputs(resolved, corpus, encoder)
 
 

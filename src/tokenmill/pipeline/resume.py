@@ -77,6 +77,13 @@ def agree_on_probe(root: Path, manifest: Manifest, encoder: Encoder) -> None:
             f"{encoder.tokenizer.eos_token!r} the id {encoder.tokenizer.eos_id}",
             next_step="start in another directory: what was made here is wrong",
         )
+    ours = encoder.tokenizer.bos_id, encoder.tokenizer.fim.ids if encoder.tokenizer.fim is not None else None
+    if ours != (manifest.tokenizer.bos_id, manifest.tokenizer.fim_ids):
+        raise TokenizerError(
+            f"{root}: it was begun with the ids {manifest.tokenizer.bos_id} for BOS and {manifest.tokenizer.fim_ids} "
+            f"for fill in the middle, but {encoder.backend.version} gives {ours[0]} and {ours[1]}",
+            next_step="install the versions named under software in manifest.json, then run again",
+        )
 
 
 def _refuse_changed_source(manifest: Manifest, corpus: Corpus) -> None:

@@ -7,6 +7,7 @@ recipe's? Some documents are encoded again, and one whole shard is rebuilt.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from tokenmill.corpus.reader import first_line
 from tokenmill.dataroot import layout
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend
 from tokenmill.encoding.text_hash import bytes_hash
-from tokenmill.encoding.tokenizer import TokenizerFile, load_tokenizer
+from tokenmill.encoding.tokenizer import TokenizerFile, load_tokenizer, with_special_tokens
 from tokenmill.errors import SourceError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
 from tokenmill.loading.documents import Document, documents_of
@@ -62,6 +63,17 @@ def verify_deep(
     job.group(f"train_{shard:06d}.npy rebuilt from the source", lambda: deep.rebuild(shard))
 
 
+def _draws(text_xxh3: int, seed: int) -> list[float]:
+    """Return the numbers that decide how a document is taken apart; the rule of `docs/format.md` once more."""
+    found, mask = [], (1 << 64) - 1
+    for number in range(1, 5):
+        z = (text_xxh3 + (seed + number) * 0x9E3779B97F4A7C15) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        found.append(((z ^ z >> 31) >> 11) / (1 << 53))
+    return found
+
+
 class DeepRun:
     """Compares a data root with its corpus: documents encoded again, and one shard rebuilt."""
 
@@ -94,7 +106,7 @@ class DeepRun:
                 f"tokenizer {loaded.name}: expected tokenizer.json sha256 {recorded.sha256}, found {loaded.sha256}",
                 next_step="give the one that made the data set with --tokenizer",
             )
-        return loaded
+        return with_special_tokens(loaded, self.manifest.recipe)
 
     def check_files(self) -> None:
         """The corpus must be the one that was read."""
@@ -115,7 +127,7 @@ class DeepRun:
         self.job.same(layout.MANIFEST, "tokenizer.eos_id", "id of EOS", expected=found_id, found=expected_id)
         for text, expected in self.manifest.tokenizer.probe.items():
             try:
-                found: object = self._encode([text])[0][:-1].tolist()
+                found: object = self._ids(text)
             except CannotEncodeError as error:
                 found = str(error)
             self.job.same(layout.MANIFEST, "tokenizer.probe", f"ids of {text!r}", expected=expected, found=found)
@@ -158,12 +170,26 @@ class DeepRun:
             return layout.TOKENS
         return layout.shard_name(token // self.manifest.recipe.shard_size)
 
-    def _encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """Return tokens of texts, EOS included."""
-        ids, offsets = self.engine.encode(pa.array(texts, pa.large_string()))
-        return [
-            np.append(ids[offsets[i] : offsets[i + 1]], np.uint32(self.tokenizer.eos_id)) for i in range(len(texts))
-        ]
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self.engine.encode(pa.array([text], pa.large_string()))[0].tolist() if text else []
+        return found
+
+    def _encode(self, text: str) -> NDArray[np.uint32]:
+        """Return the tokens of a document, with what surrounds and divides its text."""
+        fim, bos_id = self.tokenizer.fim, self.tokenizer.bos_id
+        begin = [] if bos_id is None else [bos_id]
+        draws = [] if fim is None else _draws(bytes_hash(text.encode()), fim.seed)
+        if fim is None or not draws[0] < fim.rate:
+            body = self._ids(text)
+        else:
+            low, high = sorted(min(len(text), math.floor(draw * (len(text) + 1))) for draw in draws[1:3])
+            prefix, middle, suffix = (self._ids(part) for part in (text[:low], text[low:high], text[high:]))
+            of_prefix, of_middle, of_suffix = fim.ids
+            if draws[3] < fim.spm_rate:
+                body = [of_prefix, of_suffix, *suffix, of_middle, *prefix, *middle]
+            else:
+                body = [of_prefix, *prefix, of_suffix, *suffix, of_middle, *middle]
+        return np.array([*begin, *body, self.tokenizer.eos_id], np.uint32)
 
     def _encoded(self, documents: list[Document]) -> Iterator[tuple[Document, NDArray[np.uint32]]]:
         """Yield documents with their tokens, read and encoded again, file by file and row group by row group."""
@@ -177,7 +203,7 @@ class DeepRun:
                     bool(text), source, f"row {row}", "has text", expected="a document", found="no text"
                 ):
                     self._check_identity(rows[row], found)
-                    yield rows[row], self._encode([text or ""])[0]
+                    yield rows[row], self._encode(text or "")
 
     def _check_identity(self, document: Document, row: PlainRow) -> None:
         """What the sidecar says of a document is what the source says."""

@@ -68,7 +68,9 @@ class DocumentChecks(Checks):
             if len(start):
                 begins = int(start[0]) if expected_start is None else expected_start
                 expected_start = self._check_rows(shard, name, start, tokens, begins)
-                self._check_ends(name, start + tokens - 1)
+                self._check_tokens(name, start + tokens - 1, "EOS", manifest.tokenizer.eos_id)
+                if manifest.recipe.bos == "prepend":
+                    self._check_tokens(name, start, "BOS", manifest.tokenizer.bos_id or 0)
                 files = self._files_of(name, source, paths)
                 self._check_source_rows(name, files, row)
                 found = np.bincount(files[files >= 0], minlength=len(counted))
@@ -121,25 +123,24 @@ class DocumentChecks(Checks):
             self.job.require(False, name, f"row {at}", "starts in its shard", expected=expected, found=int(start[at]))
         return int(ends[-1])
 
-    def _check_ends(self, name: str, ends: NDArray[np.int64]) -> None:
-        """Every document ends in EOS, where its end is in the stream."""
+    def _check_tokens(self, name: str, ends: NDArray[np.int64], what: str, expected_id: int) -> None:
+        """Every document ends in EOS, and begins with BOS if it should, where that is in the stream."""
         assert self.job.manifest is not None
-        eos = self.job.manifest.tokenizer.eos_id
         inside = np.flatnonzero((ends >= 0) & (ends < self.job.manifest.tokens))
         if not self.job.has_tokens_file:
             size = self.job.manifest.recipe.shard_size
             gone = [index for index in np.unique(ends[inside] // size).tolist() if self._is_elsewhere(index)]
             inside = inside[~np.isin(ends[inside] // size, gone)]
         found = self._tokens_at(ends[inside])
-        wrong = np.flatnonzero(found != eos)
+        wrong = np.flatnonzero(found != expected_id)
         if len(wrong):
             at = int(inside[wrong[0]])
             self.job.require(
                 False,
                 name,
                 f"row {at}",
-                f"EOS at token {ends[at]} of the stream",
-                expected=eos,
+                f"{what} at token {ends[at]} of the stream",
+                expected=expected_id,
                 found=int(found[wrong[0]]) if found[wrong[0]] >= 0 else "no such token",
             )
 

@@ -7,11 +7,22 @@ import json
 import tokenize
 from collections import Counter
 
+import msgspec
 import numpy as np
 
 from tokenmill.dataroot import atomic, layout
 from tokenmill.dataroot.manifest import Consolidated, Manifest
 from tokenmill.verification.findings import Checks
+
+_SAY_NOTHING: dict[str, object] = {
+    "metadata_columns": [],
+    "bos": "none",
+    "bos_token": None,
+    "fim_rate": 0.0,
+    "fim_spm_rate": 0.5,
+    "fim_tokens": None,
+}
+"""Values of later fields of the recipe with which they are not in the fingerprint."""
 
 
 class RecordChecks(Checks):
@@ -95,10 +106,9 @@ class RecordChecks(Checks):
 
     def _fingerprint(self) -> str:
         recipe = json.loads((self.root / layout.MANIFEST).read_bytes())["recipe"]
-        left_out = {"dataset", "tokenizer"} | (set() if recipe.get("metadata_columns") else {"metadata_columns"})
-        fields = {field: value for field, value in recipe.items() if field not in left_out}
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        silent = {field for field, value in _SAY_NOTHING.items() if recipe.get(field, value) == value}
+        fields = {field: value for field, value in recipe.items() if field not in silent | {"dataset", "tokenizer"}}
+        return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()
 
     def _check_ledger(self, manifest: Manifest) -> None:
         same, name = self.job.same, layout.MANIFEST

@@ -363,6 +363,7 @@ def _refuse_mixed(catalogues: list[Catalogue]) -> None:
     for catalogue in catalogues[1:]:
         for what, expected, found in (
             ("a tokenizer.json of SHA-256", first.tokenizer.sha256, catalogue.manifest.tokenizer.sha256),
+            ("BOS with the id", first.tokenizer.bos_id, catalogue.manifest.tokenizer.bos_id),
             ("EOS with the id", first.tokenizer.eos_id, catalogue.manifest.tokenizer.eos_id),
             ("tokens of", first.stored_dtype, catalogue.manifest.stored_dtype),
         ):

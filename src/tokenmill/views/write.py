@@ -155,6 +155,7 @@ def write_view(
 def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manifest:
     sources = [source.manifest for source in opened.sources if source.manifest is not None]
     first, record = sources[0], opened.view
+    apart = max(sources, key=lambda manifest: manifest.recipe.fim_rate)  # sources may differ in that
     special = {manifest.recipe.special_in_text for manifest in sources}
     recipe = Recipe(
         dataset=view,
@@ -164,13 +165,18 @@ def _new_manifest(opened: OpenView, view: str, shard_size: int | None) -> Manife
         seq_len=record.seq_len,
         dtype=first.recipe.dtype,
         eos_token=first.recipe.eos_token,
+        bos=first.recipe.bos,
+        bos_token=first.recipe.bos_token,
+        fim_rate=apart.recipe.fim_rate,
+        fim_spm_rate=apart.recipe.fim_spm_rate,
+        fim_tokens=apart.recipe.fim_tokens,
         special_in_text=special.pop() if len(special) == 1 else "parse",
         metadata_columns=metadata_columns(opened),
     )
     return Manifest(
         recipe=recipe,
         fingerprint=recipe.fingerprint,
-        tokenizer=first.tokenizer,
+        tokenizer=apart.tokenizer,
         software=first.software,
         files=[],
         source_rules=first.source_rules,
