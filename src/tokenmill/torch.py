@@ -166,7 +166,8 @@ class _Order:
         return len(self._now if self._loaded is None else self._loaded)  # type: ignore[arg-type]
 
     def begin(self) -> None:
-        self._now, self._loaded, self._taken = self._loaded or self._given, None, 0
+        # A sampler that is at its end is false, as an empty list is.
+        self._now, self._loaded, self._taken = self._given if self._loaded is None else self._loaded, None, 0
 
     def count(self, samples: int) -> None:
         self._taken = min(self._taken + samples, len(self))
@@ -179,15 +180,19 @@ class _Order:
                 f"{type(sampler).__name__}"
             )
         samples = min(sampler.dataset_len, sampler.start + taken * sampler.world_size)
+        if taken and taken == len(sampler):  # ranks may differ by one, and all are at the end
+            samples = sampler.dataset_len
         of_epoch = {"seed": sampler.seed, "epoch": sampler.epoch} if isinstance(sampler, EpochSampler) else {}
         return {"dataset_len": sampler.dataset_len, **of_epoch, "samples": samples}
 
     def load(self, state: dict[str, int]) -> None:
-        ours = {**self.state(), "samples": state.get("samples"), "epoch": state.get("epoch")}
-        theirs = {**ours, **state}
-        if theirs != ours or "samples" not in state or ("epoch" in state) != isinstance(self._given, EpochSampler):
+        ours = self.state()
+        is_ours = (
+            isinstance(state, dict) and state.keys() == ours.keys() and all(type(n) is int for n in state.values())
+        )
+        if not is_ours or any(state[name] != ours[name] for name in ours.keys() - {"epoch", "samples"}):
             raise ValueError(
-                f"load_state_dict: the state is of other data or of another order: expected {self.state()} but for "
+                f"load_state_dict: the state is of other data or of another order: expected {ours} but for "
                 f"epoch and samples, found {state}"
             )
         changes = {"start": state["samples"]} | ({"epoch": state["epoch"]} if "epoch" in state else {})

@@ -251,6 +251,19 @@ def test_a_loader_goes_on_from_its_state(roots: dict[str, Path]) -> None:
     for state in ({}, {"samples": 3}, {**epoch.state_dict(), "seed": 4}, ranks[0].state_dict()):
         with pytest.raises(ValueError, match="the state is of other data or of another order"):
             other.load_state_dict(state)
+    for state in (None, [], {**epoch.state_dict(), "samples": "3"}):
+        with pytest.raises(ValueError, match="the state is of other data or of another order"):
+            other.load_state_dict(state)
+    # At the end there is nothing left, on any rank.
+    for ranks_, start in ((1, len(dataset)), (3, len(dataset) - 1)):
+        for rank in range(ranks_):
+            last = loader(dataset, SequentialSampler(len(dataset), rank, ranks_), batch_size=7, drop_last=False)
+            last.load_state_dict({"dataset_len": len(dataset), "samples": start})
+            assert sum(len(batch) for batch in last) == (start < len(dataset) and rank == 0)
+    thirds = [loader(dataset, SequentialSampler(len(dataset), r, 3), batch_size=1, drop_last=False) for r in range(3)]
+    for each in thirds:
+        assert len(list(each)) == len(each)
+        assert each.state_dict()["samples"] == len(dataset)
     with pytest.raises(TypeError, match="found WindowSampler"):
         loader(dataset, WindowSampler(len(dataset), 1, 1, 10), batch_size=5).state_dict()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,11 @@ Split = Literal["train", "validation"]
 Packing = Literal["concat", "best-fit"]
 Identity = Literal["text", "tokens"]
 """What the hash of a document is made of: its text, or, where the data root has no hashes of text, its tokens."""
+
+
+def most_samples(max_epochs: float, samples: int) -> int:
+    """Return how many samples of a source may come: `max_epochs` is the decimal that the user wrote."""
+    return int(Fraction(repr(max_epochs)) * samples)
 
 
 class SourceRecord(msgspec.Struct, kw_only=True):

@@ -86,7 +86,7 @@ def take_apart(
         heads[:, 0] = bos_id
     if fim is None or count == 0:
         return Pieces(documents, number, heads)
-    draws = _draws(hashes, fim.seed)
+    draws = fim_draws(hashes, fim.seed)
     chosen = np.flatnonzero(draws[0] < fim.rate)
     if len(chosen) == 0:
         return Pieces(documents, number, heads)
@@ -116,8 +116,11 @@ def take_apart(
     return Pieces(source.take(pa.array(at)), document, heads)
 
 
-def _draws(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
-    """Return four numbers from 0 to below 1 for each text, shape `(4, texts)`: outputs of SplitMix64."""
+def fim_draws(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
+    """Return four numbers from 0 to below 1 for each text, shape `(4, texts)`: outputs of SplitMix64.
+
+    Whether it is taken apart, two cuts as shares of its characters, and its order.
+    """
     found = np.empty((4, len(hashes)))
     for number in range(4):
         z = hashes + np.uint64((seed + number + 1) * _GOLDEN & 0xFFFFFFFFFFFFFFFF)

@@ -174,11 +174,13 @@ class Mixture:
 
     def _key(self, source: int, epoch: int) -> NDArray[np.uint64]:
         order = source << 32 | epoch
-        if order not in self._keys:
+        found = self._keys.get(order)
+        if found is None:
             if len(self._keys) > _BLOCK:
                 self._keys.clear()
-            self._keys[order] = permutation_keys(f"view/{self._seed}/{self._sources[source].name}/{epoch}")
-        return self._keys[order]
+            found = permutation_keys(f"view/{self._seed}/{self._sources[source].name}/{epoch}")
+            self._keys[order] = found
+        return found
 
     def samples_with(self, begin: int, end: int) -> Integers:
         """Return the samples that hold tokens `begin` to before `end`, ascending: those of every epoch."""

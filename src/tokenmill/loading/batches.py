@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,12 +48,14 @@ def spec_of(
     Raises:
         ValueError: there is no such field, or a length nothing could have.
     """
+    if isinstance(fields, str):
+        raise ValueError(f"fields: expected a list of names, found {fields!r}")  # noqa: TRY004  # as for other values
     for field in fields:
         if field not in FIELDS:
             near = difflib.get_close_matches(field, FIELDS, 1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"fields: no field is called {field!r}: {meant}they are {', '.join(FIELDS)}")
-    if cu_seqlens_len is not None and cu_seqlens_len < 2:
+    if cu_seqlens_len is not None and operator.index(cu_seqlens_len) < 2:
         raise ValueError(f"cu_seqlens_len: expected 2 or more, found {cu_seqlens_len}")
     return BatchSpec(tuple(fields), mask_across_documents, cu_seqlens_len)
 

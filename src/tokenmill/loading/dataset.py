@@ -143,10 +143,13 @@ class TokenDataset:
 
         Raises:
             IndexError: there is no such sample.
+            ValueError: `out` has another shape.
         """
         wanted = self._indices(indices)
         if out is None:
             out = np.empty((len(wanted), self.seq_len), self.dtype)
+        if out.shape != (len(wanted), self.seq_len):
+            raise ValueError(f"out: expected the shape {(len(wanted), self.seq_len)}, found {out.shape}")
         if isinstance(self._stream, ViewStream):
             self._stream.gather(wanted, out)
             return out
@@ -232,7 +235,9 @@ class TokenDataset:
         return np.zeros(len(wanted), np.int64)
 
     def max_documents(self) -> int:
-        """Return the most documents, pieces of some included, that any sample holds; it looks at all of them.
+        """Return the most documents that any sample holds, pieces of some, and padding, included; it looks at all.
+
+        Of a mixture these are the samples of an epoch of each source, whether a stage gets so far or not.
 
         Raises:
             DataRootError: as `document_bounds`.
@@ -325,12 +330,12 @@ class TokenDataset:
         found = np.asarray(indices)
         if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
             raise TypeError(f"expected sample indices as integers, shape (n,), found {found.dtype} {found.shape}")
-        wanted = found.astype(np.int64, copy=False)
-        if len(wanted) == 0:
-            return wanted
-        lowest, highest = int(wanted.min()), int(wanted.max())
+        if len(found) == 0:
+            return found.astype(np.int64)
+        lowest, highest = int(found.min()), int(found.max())
         if lowest < -self._samples or highest >= self._samples:
             raise self._no_sample(highest if highest >= self._samples else lowest)
+        wanted = found.astype(np.int64, copy=False)
         return wanted if lowest >= 0 else np.where(wanted < 0, wanted + self._samples, wanted)
 
     def _no_sample(self, index: int) -> IndexError:

@@ -302,6 +302,11 @@ class OpenView(NamedTuple):
         shape = (len(view.stages), 2, layout.SCHEDULE_PERIOD)
         schedule = _map(self.root / layout.VIEW_SCHEDULE, math.prod(shape), "<u2").reshape(shape)
         names = [source.name for source in view.sources]
+        if int(schedule[:, 0].max()) >= len(names):
+            raise DataRootError(
+                f"{self.root / layout.VIEW_SCHEDULE}: names sources that the view does not have",
+                next_step="build the view again, or restore the file; tokenmill verify checks it",
+            )
         begins = itertools.accumulate((source.span for source in view.sources), initial=0)
         return Mixture(
             [

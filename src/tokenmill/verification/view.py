@@ -187,7 +187,7 @@ class ViewChecks:
             for name, count in counts.items():
                 taken[name] += count
         for source in self.record.sources:
-            whole, most = source.span // self.record.seq_len, Fraction(source.max_epochs or 0) * source.samples
+            whole, most = source.span // self.record.seq_len, Fraction(repr(source.max_epochs or 0)) * source.samples
             self._require(
                 source.samples == whole, layout.VIEW, source.name, "samples", expected=whole, found=source.samples
             )

@@ -35,7 +35,7 @@ from tokenmill.views.choice import (
 from tokenmill.views.mixture import mix
 from tokenmill.views.packing import count_samples, pack
 from tokenmill.views.removal import RemovalList, load_removals
-from tokenmill.views.spec import ViewSpec, validate_spec
+from tokenmill.views.spec import ViewSpec, ViewStage, validate_spec
 
 _WRITTEN = 1 << 20
 """Entries of the index that are written at once."""
@@ -114,7 +114,7 @@ def plan_view(
     ]
     left_out: list[dict[str, int]] = [{} for _ in catalogues]
     choice = choose(spec, catalogues, removals, left_out, on_progress)
-    if spec.is_mixture and spec.duplicates == "keep" and (same := find_same(choice, catalogues)):
+    if spec.is_mixture and spec.duplicates == "keep" and (same := _drawn_twice(spec, find_same(choice, catalogues))):
         if spec.same_data == "refuse" or not all(pair.is_whole for pair in same):
             raise _same_data(same)
         merged, notes = _merged(spec, same)
@@ -168,7 +168,8 @@ def _mix(spec: ViewSpec, record: ViewRecord, bounds: NDArray[np.int64]) -> NDArr
     for source, asked, span in zip(record.sources, spec.sources, np.diff(bounds).tolist(), strict=True):
         source.max_epochs, source.span, source.samples = asked.max_epochs, span, span // record.seq_len
     samples = {source.name: source.samples for source in record.sources}
-    record.stages, schedule = mix(spec, samples, record.seq_len)
+    left_out = {source.name: source.left_out for source in record.sources}
+    record.stages, schedule = mix(spec, samples, record.seq_len, left_out)
     return schedule
 
 
@@ -242,6 +243,15 @@ def _notes(
     return notes
 
 
+def _drawn_twice(spec: ViewSpec, same: list[SameData]) -> list[SameData]:
+    """Return the pairs of sources of which some stage draws both, or one stage one, and another the other."""
+    drawn: set[str] = set()
+    for stage in spec.stages or [ViewStage()]:
+        weights = stage.weights or {source.name: source.weight or 0.0 for source in spec.sources}
+        drawn |= {name for name, weight in weights.items() if weight}
+    return [pair for pair in same if {pair.first, pair.second} <= drawn]
+
+
 def _same_data(same: list[SameData]) -> RecipeError:
     pair = same[0]
     what = "are the same documents" if pair.is_whole else f"share {pair.documents} documents of the same data"
@@ -271,6 +281,14 @@ def _merged(spec: ViewSpec, same: list[SameData]) -> tuple[ViewSpec, list[str]]:
             found[first] = found.get(first, 0.0) + weight
         return found
 
+    epochs = {source.name: source.max_epochs for source in spec.sources}
+    for name, first in kept.items():
+        if epochs[name] != epochs[first]:
+            raise RecipeError(
+                f"view: sources {first!r} and {name!r} are the same documents, and have max_epochs {epochs[first]:g} "
+                f"and {epochs[name]:g}",
+                next_step="give both the same max_epochs to merge them, or leave one out",
+            )
     weights = summed((source.name, source.weight) for source in spec.sources if source.weight is not None)
     sources = [
         msgspec.structs.replace(source, weight=weights.get(source.name))

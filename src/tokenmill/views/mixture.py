@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.dataroot.layout import SCHEDULE_PERIOD as PERIOD
-from tokenmill.dataroot.view_record import StageRecord
+from tokenmill.dataroot.view_record import StageRecord, most_samples
 from tokenmill.errors import RecipeError
 from tokenmill.loading.arrangement import MixedStage
 from tokenmill.views.schedule import integer_shares, make_period
-from tokenmill.views.spec import ViewSource, ViewSpec, ViewStage
+from tokenmill.views.spec import MOST_EPOCHS, ViewSource, ViewSpec, ViewStage
 
 
 class Mixed(NamedTuple):
@@ -33,13 +33,14 @@ class _End(NamedTuple):
     source: ViewSource
 
 
-def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int) -> Mixed:
+def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int, left_out: Mapping[str, Mapping[str, int]]) -> Mixed:
     """Plan the stages of a mixture.
 
     Args:
         spec: what the user asks for; its sources are in order.
         samples: of one epoch of each source, by its name.
         seq_len: tokens per sample.
+        left_out: documents of each source that are not in the view, by reason.
 
     Raises:
         RecipeError: a source would have to begin more epochs than it may, or has no sample.
@@ -56,15 +57,16 @@ def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int) -> Mixed:
             raise RecipeError(f"view, stage {number}: {error}", next_step="correct the weights") from None
         for name, share in shares.items():
             if share and not samples[name]:
+                reasons = ", ".join(f"{count} ({why})" for why, count in left_out[name].items())
                 raise RecipeError(
                     f"view, stage {number}: source {name!r} has no whole sample of {seq_len} tokens, and a weight of "
-                    f"{weights[name]:g}",
-                    next_step="take more of it, give it the weight 0, or make seq_len shorter",
+                    f"{weights[name]:g}" + (f"; documents of it were left out: {reasons}" if reasons else ""),
+                    next_step="leave fewer of its documents out, give it the weight 0, or make seq_len shorter",
                 )
         period = make_period(shares)
         mixed = MixedStage(0, np.array(list(shares.values()), np.int64), *period)
         left = {
-            name: int(Fraction(source.max_epochs) * samples[name]) - taken[name]
+            name: most_samples(source.max_epochs, samples[name]) - taken[name]
             for name, source in sources.items()
             if shares[name]
         }
@@ -72,11 +74,16 @@ def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int) -> Mixed:
         length = stage.samples or (stage.tokens or 0) // seq_len
         if stage.samples is None and stage.tokens is None:
             length = end.sample
-        if length == 0:
+        if length == 0 and stage.tokens:
             raise RecipeError(
-                f"view, stage {number}: has no whole sample: "
-                + (f"{stage.tokens} tokens, and samples of {seq_len}" if stage.tokens else _exhausted(end, samples)),
-                next_step="make the stage longer, or leave it out" if stage.tokens else _raise_epochs(end),
+                f"view, stage {number}: has no whole sample: {stage.tokens} tokens, and samples of {seq_len}",
+                next_step="make the stage longer, or leave it out",
+            )
+        if end.sample == 0:
+            raise RecipeError(
+                f"view, stage {number}: source {end.source.name!r} has nothing left: it has {samples[end.source.name]} "
+                f"samples, and may be taken {end.source.max_epochs:g} times",
+                next_step="raise its max_epochs, give it the weight 0 in this stage, or make earlier stages shorter",
             )
         begin = sum(record.samples for record in records)
         if end.sample < length:
@@ -87,8 +94,8 @@ def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int) -> Mixed:
                 f"it would have to be taken again at sample {begin + end.sample}, which is sample {end.sample} of the "
                 f"{length} of stage {number}",
                 next_step=f"what fits: a stage of {end.sample} samples (tokens = {end.sample * seq_len}), or a share "
-                f"of {left[name] / length:.4f} of the stage (it is {share / PERIOD:.4f}), or max_epochs = "
-                f"{_rounded_up(needed)}",
+                f"of less than {left[name] / length:.4g} of the stage (it is {share / PERIOD:.4g})"
+                + (f", or max_epochs = {_rounded_up(needed)}" if needed <= MOST_EPOCHS else ""),
             )
         counts = dict(zip(sources, mixed.taken(length).tolist(), strict=True))
         for name, count in counts.items():
@@ -117,14 +124,5 @@ def _end(stage: MixedStage, names: list[str], sources: Mapping[str, ViewSource],
     return min(ends, key=lambda end: (end.sample, end.source.name))
 
 
-def _exhausted(end: _End, samples: Mapping[str, int]) -> str:
-    name, epochs = end.source.name, end.source.max_epochs
-    return f"source {name!r} has {samples[name]} samples, may be taken {epochs:g} times, and has nothing left"
-
-
-def _raise_epochs(end: _End) -> str:
-    return f"raise the max_epochs of {end.source.name!r}, give it the weight 0 here, or make earlier stages shorter"
-
-
 def _rounded_up(epochs: Fraction) -> str:
-    return f"{float(-(-epochs * 10_000 // 1) / 10_000):g}"
+    return f"{float(-(-epochs * 10_000 // 1) / 10_000):.10g}"

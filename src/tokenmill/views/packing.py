@@ -60,10 +60,12 @@ def count_samples(length: NDArray[np.uint32], seq_len: int) -> int:
     found = 0
     for begin in range(0, len(length), WINDOW):
         some = length[begin : begin + WINDOW].astype(np.int64)
-        counts = np.bincount(some[some <= seq_len], minlength=seq_len + 1)
+        longest = min(int(some.max()), seq_len)
+        counts = np.bincount(some[some <= seq_len], minlength=longest + 1)
         longer = some[some > seq_len]
-        counts += np.bincount(longer % seq_len, minlength=seq_len + 1)
-        counts[seq_len] += int((longer // seq_len).sum())
+        if len(longer):
+            counts += np.bincount(longer % seq_len, minlength=longest + 1)
+            counts[seq_len] += int((longer // seq_len).sum())
         counts[0] = 0
         found += _best_fit(counts, seq_len).samples
     return found
@@ -71,9 +73,10 @@ def count_samples(length: NDArray[np.uint32], seq_len: int) -> int:
 
 def _pack_window(documents: NDArray[np.int64], lengths: NDArray[np.uint32], seq_len: int) -> Entries:
     place, length = _cut(documents, lengths.astype(np.int64), seq_len)
-    small: Any = np.uint16 if seq_len < 1 << 16 else np.uint32  # sorted by their digits where they have 16 bits
-    longest_first = np.argsort((seq_len - length).astype(small), kind="stable")
-    best = _best_fit(np.bincount(length, minlength=seq_len + 1), seq_len)
+    longest = int(length.max())
+    small: Any = np.uint16 if longest < 1 << 16 else np.int64  # sorted by their digits where they have 16 bits
+    longest_first = np.argsort((longest - length).astype(small), kind="stable")
+    best = _best_fit(np.bincount(length), seq_len)
     first, each, pieces = (np.array(column, np.int64) for column in zip(*best.runs, strict=True))
     in_run = np.arange(len(place)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     sample = np.empty(len(place), np.int64)

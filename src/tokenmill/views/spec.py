@@ -19,7 +19,8 @@ from tokenmill.recipe import Positive
 _MOST_CHARACTERS = 1 << 20
 _NAME = re.compile(r"[\w.+-]+")
 
-Weight = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Weight = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+MOST_EPOCHS = 1e6
 Duplicates = Literal["keep", "first"]
 SameData = Literal["refuse", "merge"]
 
@@ -37,7 +38,7 @@ class ViewSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A text file that names documents to leave out, one a line: `FILE ROW`, or the 16 digits of `text_xxh3`."""
     weight: Weight | None = None
     """Share of the samples that come from it, beside the weights of the others, in stages that name none."""
-    max_epochs: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    max_epochs: Annotated[float, msgspec.Meta(gt=0, le=MOST_EPOCHS)] = 1.0
     """How often each of its samples may come in a mixture; a mixture that would need more is refused."""
 
 
@@ -89,7 +90,7 @@ def load_spec(path: Path) -> ViewSpec:
         RecipeError: it cannot be read, is not TOML, or says what cannot be meant; the line is named.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"view {path}: cannot be read: {error}", next_step="give a TOML file") from None
@@ -107,8 +108,8 @@ def load_spec(path: Path) -> ViewSpec:
             try:
                 table[name] = parse_count(count)
             except ValueError as error:
-                line = f"{path}, line {_line_of(text, name, where)}"
-                raise RecipeError(f"view {line}: {name}: {error}", next_step="correct it") from None
+                place = name if where is None else f"{where[0]}[{where[1]}].{name}"
+                raise _explained(path, text, f"{error} - at `$.{place}`") from None
     try:
         spec = msgspec.convert(fields, ViewSpec)
         validate_spec(spec)
@@ -145,6 +146,8 @@ def validate_spec(spec: ViewSpec) -> None:
         raise msgspec.ValidationError("Expected a holdout above 0, as nothing is held out without - at `$.split`")
     if spec.is_mixture:
         _validate_weights(spec, names)
+    elif spec.same_data == "merge":
+        raise msgspec.ValidationError("Expected weights, as only sources of a mixture are merged - at `$.same_data`")
 
 
 def _validate_weights(spec: ViewSpec, names: list[str]) -> None:
@@ -186,7 +189,7 @@ def _explained(path: Path, text: str, error: str) -> RecipeError:
     step = "the fields are " + ", ".join(known)
     if unknown and (near := difflib.get_close_matches(key, known, 1)):
         step = f"did you mean {near[0]}? " + step
-    value = re.search(r"Invalid enum value '(.+?)'", error)
+    value = re.search(r"Invalid enum value '(.*)'", error)
     if value:
         kinds = {
             "shuffle": Shuffle,
@@ -198,17 +201,25 @@ def _explained(path: Path, text: str, error: str) -> RecipeError:
         words = [str(word) for word in get_args(kinds[key])]
         near = difflib.get_close_matches(value[1], words, 1)
         step = (f"did you mean {near[0]!r}? " if near else "") + "it is one of " + ", ".join(words)
-    reason = error.split(" - at ", maxsplit=1)[0]
-    line = _line_of(text, key, where)
-    return RecipeError(f"view {path}, line {line}: {key + ': ' if key and not unknown else ''}{reason}", next_step=step)
+    reason = error.split(" - at ", maxsplit=1)[0].replace("Object contains unknown field", "There is no field")
+    reason = reason.replace(" | null", "").replace("`float`", "a number").replace("`int`", "a whole number")
+    reason = reason.replace("`str`", "a text").replace("`object`", "a table").replace("`array`", "a list")
+    found = _line_of(text, key, where)
+    line = "" if found is None else f", line {found}"
+    return RecipeError(f"view {path}{line}: {key + ': ' if key and not unknown else ''}{reason}", next_step=step)
 
 
-def _line_of(text: str, key: str, table: tuple[str, int] | None) -> int:
-    """Return the line of a field, of the file or of that of its tables; where it is missing, of its table."""
+def _line_of(text: str, key: str, table: tuple[str, int] | None) -> int | None:
+    """Return the line of a field, of the file or of one of its tables; where it is missing, of its table.
+
+    None where neither is found, as in a table inside a line.
+    """
     seen: dict[str, int] = {}
-    here, found = None, 1
+    here: tuple[str, int] | None = None
+    found = 1 if table is None else None
+    text = re.sub(r"\"{3}.*?\"{3}|\'{3}.*?\'{3}", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
     for number, line in enumerate(text.splitlines(), start=1):
-        if opened := re.match(r"\s*\[\[\s*(sources|stages)\s*\]\]", line):
+        if opened := re.match(r"\s*\[\[\s*[\"']?(sources|stages)[\"']?\s*\]\]", line):
             here = opened[1], seen.get(opened[1], 0)
             seen[opened[1]] = here[1] + 1
             if here == table:
