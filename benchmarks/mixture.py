@@ -27,7 +27,7 @@ from processes import run_measured
 from tokenmill import ViewSource, ViewSpec, build_view, export
 from views import make_up
 
-BATCH, SEQ_LEN, ROUNDS = 64, 2_048, 3
+SEQ_LEN = 2_048
 WEIGHTS = {"web": 0.5, "code": 0.25, "wiki": 0.15, "books": 0.1}
 REPOSITORY = Path(__file__).resolve().parents[1]
 INTEROP = REPOSITORY / ".venv" / "interop" / "bin" / "python"
@@ -120,7 +120,7 @@ def timed(python: Path | str, setup: str, target: Path, seconds: float) -> tuple
     return first, rate
 
 
-def measure_batches(folder: Path, documents: int, seconds: float) -> None:
+def measure_batches(folder: Path, documents: int, seconds: float, rounds: int, interop: Path | None) -> None:
     roots = {name: folder / name for name in WEIGHTS}
     for number, root in enumerate(roots.values()):
         make_up(root, documents, seed=number, sparse=False)
@@ -137,14 +137,14 @@ def measure_batches(folder: Path, documents: int, seconds: float) -> None:
             add(f"a mixture, {policy}, {what}", OURS.replace("{fields}", fields), view)
     add("one data root, all fields", OURS.replace("{fields}", "True"), roots["web"])
     add("one data root, tokens", OURS.replace("{fields}", "False"), roots["web"])
-    if INTEROP.exists():
+    if interop is not None:
         for peer, format_ in (("litdata", "litdata"), ("mosaicml-streaming", "mds"), ("megatron-core", "megatron")):
             for name, root in roots.items():
                 if not (folder / format_ / name / "export.json").exists():
                     export(root, folder / format_ / name, format_)
-            add(f"{peer}, tokens", PEERS[peer], folder, INTEROP)
+            add(f"{peer}, tokens", PEERS[peer], folder, interop)
     found: dict[str, list[tuple[float, float] | str]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, way in ways.items():
             found[name].append(way())
     print(f"{'':<34} {'M tokens/s':>10} {'first batch, s':>15}")
@@ -217,10 +217,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=50_000, help="of each of the four data roots")
     parser.add_argument("--sources", type=int, default=1_000, help="of the mixture that is opened")
     parser.add_argument("--packed", type=float, default=1e8, help="documents that are packed")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--without-peers", action="store_true", help="leave the others out")
     parser.add_argument("--seconds", type=float, default=3, help="for which batches are read")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    measure_batches(options.folder, options.documents, options.seconds)
+    python = None if options.without_peers or not INTEROP.exists() else INTEROP
+    measure_batches(options.folder, options.documents, options.seconds, options.rounds, python)
     measure_opening(options.folder, options.sources)
     measure_packing(int(options.packed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_views(tmp_path: Path) -> None:
     found = printed("views", tmp_path, "--documents", 3_000, "--sources", 3, "--write-gb", 0.002)
     assert all(what in found for what in ("cp", "through files", "3,000 documents in 3 sources", "a random sample"))
     assert "30 removed" in found
+
+
+def test_mixture(tmp_path: Path) -> None:
+    """One of its ways to read batches, as each starts PyTorch."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    program = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import mixture
+folder = Path(sys.argv[2])
+mixture.measure_opening(folder, 3)
+mixture.measure_packing(10_000)
+print(mixture.timed(sys.executable, mixture.OURS.replace("{fields}", "True"), folder / "many-view", 0.05))
+"""
+    line = [sys.executable, "-c", program, str(REPOSITORY / "benchmarks"), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    opened, *packed, batches = done.stdout.splitlines()
+    assert "3 sources: built" in opened
+    assert ["% full" in line for line in packed] == [True, True]
+    assert all(figure > 0 for figure in ast.literal_eval(batches)), batches
 
 
 def test_export(tmp_path: Path) -> None:

@@ -80,6 +80,12 @@ class ExportedDataset:
         return isinstance(self.found, OpenView) and self.found.cuts_documents
 
     @property
+    def arranged(self) -> str:
+        """What was done to the samples of a view that cuts documents."""
+        assert isinstance(self.found, OpenView)
+        return "drawn by weight" if self.found.view.stages else "shuffled"
+
+    @property
     def identity(self) -> str:
         """SHA-256 that tells this data set from all others."""
         if isinstance(self.found, OpenView):

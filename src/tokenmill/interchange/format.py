@@ -58,10 +58,9 @@ def require_whole_documents(dataset: ExportedDataset, name: str) -> None:
     """
     if dataset.cuts_documents:
         raise ExportError(
-            f"{dataset.root}: its samples are shuffled or drawn by weight, which cuts documents, and {name} is about "
-            "documents",
-            next_step='build a view without weights, with shuffle = "documents" or "none"; trainers shuffle samples by '
-            "themselves",
+            f"{dataset.root}: its samples are {dataset.arranged}, which cuts documents, and {name} is about documents",
+            next_step='build a view with shuffle = "documents" or "none", and without weights; trainers shuffle samples '
+            "by themselves",
         )
 
 

@@ -390,7 +390,7 @@ def _schedule(shares: list[tuple[str, int, int]]) -> NDArray[np.int64]:
     """Return source and rank of each place of a period; of name, number and share of each source."""
     period = layout.SCHEDULE_PERIOD
     windows = sorted(
-        (rank * period // share, math.ceil(Fraction((rank + 1) * period, share)) - 1, name, number, rank)
+        (rank * period // share, ((rank + 1) * period - 1) // share, name, number, rank)
         for name, number, share in shares
         for rank in range(share)
     )
