@@ -59,8 +59,8 @@ def require_whole_documents(dataset: ExportedDataset, name: str) -> None:
     if dataset.cuts_documents:
         raise ExportError(
             f"{dataset.root}: its samples are {dataset.arranged}, which cuts documents, and {name} is about documents",
-            next_step='build a view with shuffle = "documents" or "none", and without weights; trainers shuffle samples '
-            "by themselves",
+            next_step='build a view with shuffle = "documents" or "none", and without weights; trainers shuffle by '
+            "themselves",
         )
 
 
