@@ -290,3 +290,15 @@ def test_refusals(root: Path, tmp_path: Path) -> None:
     assert (result.returncode, "no such files" in result.stderr) == (3, True)
     again = run_cli("import", tmp_path / "out", tmp_path / "in", "--from", "mds", "--seq-len", 16, "--json")
     assert json.loads(again.stdout)["status"] == "already complete"
+
+
+def test_parquet_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
+    """Its footer is whole, so that it opens; what lies before it is not."""
+    rows = [[int(i) % 900 + 3 for i in range(at, at + 200)] + [2] for at in range(300)]
+    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.uint16()))})
+    pq.write_table(table, tmp_path / "train-0.parquet", compression="zstd")
+    data = bytearray((tmp_path / "train-0.parquet").read_bytes())
+    data[200:600] = bytes(400)
+    (tmp_path / "train-0.parquet").write_bytes(data)
+    with pytest.raises(errors.ImportDataError, match=r"train-0\.parquet: cannot be read"):
+        import_data(tmp_path, tmp_path / "root", "parquet", tokenizer=str(TOKENIZER))

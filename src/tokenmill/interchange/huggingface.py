@@ -85,20 +85,29 @@ class _Rows:
     def blocks(self, eos_id: int) -> Iterator[DocumentBlock]:
         for file, path in enumerate(self.files):
             row = 0
-            with pq.ParquetFile(path) as opened:
-                for batch in opened.iter_batches(4096, columns=["input_ids"], use_threads=False):
-                    lists = batch.column(0)
-                    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
-                    values = lists.flatten().to_numpy()
-                    limit = np.iinfo(self.dtype).max
-                    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= limit:
-                        raise ImportDataError(
-                            f"{path}: row {row} and after: expected ids from 0 to {limit}, found "
-                            f"{int(values.min())} to {int(values.max())}",
-                            next_step="mend the file",
-                        )
-                    yield DocumentBlock(file, row, lengths, values.astype(self.dtype))
-                    row += len(lengths)
+            for lists in _lists(path):
+                lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+                values = lists.flatten().to_numpy()
+                limit = np.iinfo(self.dtype).max
+                if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= limit:
+                    raise ImportDataError(
+                        f"{path}: row {row} and after: expected ids from 0 to {limit}, found "
+                        f"{int(values.min())} to {int(values.max())}",
+                        next_step="mend the file",
+                    )
+                yield DocumentBlock(file, row, lengths, values.astype(self.dtype))
+                row += len(lengths)
+
+
+def _lists(path: Path) -> Iterator[pa.Array]:
+    """Yield the lists of a file, some at once."""
+    try:
+        with pq.ParquetFile(path) as opened:
+            for batch in opened.iter_batches(4096, columns=["input_ids"], use_threads=False):
+                yield batch.column(0)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ImportDataError(f"{path}: cannot be read: {reason}", next_step="get the file again") from None
 
 
 class _RowGroup(NamedTuple):
