@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tokenmill.dataroot import layout
+from tokenmill.errors import DataRootError
 from tokenmill.loading import batches, dataset
 from tokenmill.loading.dataset import ShardSamples
 from tokenmill.loading.samplers import EpochSampler, SequentialSampler
@@ -88,7 +89,9 @@ class TokenDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int | list[int]) -> Batch:
+    def __getitem__(self, index: int | slice | list[int]) -> Batch:
+        if isinstance(index, slice):
+            index = list(range(*index.indices(len(self))))
         if self._spec is not None:
             indices = index if isinstance(index, list) else [operator.index(index)]
             batch = _expanded(batches.gather(self.data, indices, self._spec), self._spec, self.dtype)
@@ -110,6 +113,16 @@ class TokenDataset(Dataset[Any]):
         return self.data.sample_id(index)
 
     @property
+    def seq_len(self) -> int:
+        """Tokens per sample."""
+        return self.data.seq_len
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this; None where there is no manifest to say so."""
+        return self.data.vocab_size
+
+    @property
     def sources(self) -> list[str]:
         """Names of what samples come from, by their number in the field `source`."""
         return self.data.sources
@@ -128,7 +141,7 @@ class Loader(DataLoader[Any]):
     """
 
     def __init__(self, data: Any, sampler: Iterable[int], **options: Any) -> None:
-        self._order = _Order(sampler)
+        self._order = _Order(sampler, _identity_of(data))
         super().__init__(data, sampler=self._order, **options)
 
     def __iter__(self) -> Any:
@@ -138,12 +151,14 @@ class Loader(DataLoader[Any]):
             self._order.count(self.batch_size or 1)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Return what `load_state_dict` of any loader of the same data takes."""
         return self._order.state()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Let the next iteration go on from a state.
+
+        Of a view that was changed behind what was trained on, give the sampler `start=state["samples"]` instead.
 
         Raises:
             ValueError: it is of another data set or another order.
@@ -151,10 +166,19 @@ class Loader(DataLoader[Any]):
         self._order.load(state)
 
 
+def _identity_of(data: Any) -> str | None:
+    """Return the digest of what defines all samples; None where nothing is recorded that says it."""
+    try:
+        return dataset.TokenDataset.samples_sha256.fget(data.data)  # type: ignore[attr-defined,no-any-return]
+    except (DataRootError, AttributeError):
+        return None
+
+
 class _Order:
     """A sampler that goes on where another stopped."""
 
-    def __init__(self, sampler: Iterable[int]) -> None:
+    def __init__(self, sampler: Iterable[int], identity: str | None) -> None:
+        self._identity = identity
         self._given = self._now = sampler
         self._loaded: Iterable[int] | None = None
         self._taken = 0
@@ -172,7 +196,7 @@ class _Order:
     def count(self, samples: int) -> None:
         self._taken = min(self._taken + samples, len(self))
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | str]:
         sampler, taken = (self._now, self._taken) if self._loaded is None else (self._loaded, 0)
         if not isinstance(sampler, EpochSampler | SequentialSampler):
             raise TypeError(
@@ -183,17 +207,18 @@ class _Order:
         if taken and taken == len(sampler):  # ranks may differ by one, and all are at the end
             samples = sampler.dataset_len
         of_epoch = {"seed": sampler.seed, "epoch": sampler.epoch} if isinstance(sampler, EpochSampler) else {}
-        return {"dataset_len": sampler.dataset_len, **of_epoch, "samples": samples}
+        identity = {} if self._identity is None else {"samples_sha256": self._identity}
+        return {"dataset_len": sampler.dataset_len, **identity, **of_epoch, "samples": samples}
 
-    def load(self, state: dict[str, int]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         ours = self.state()
-        is_ours = (
-            isinstance(state, dict) and state.keys() == ours.keys() and all(type(n) is int for n in state.values())
-        )
+        is_ours = isinstance(state, dict) and state.keys() == ours.keys()
+        is_ours = is_ours and all(type(state[name]) is type(ours[name]) for name in ours)
         if not is_ours or any(state[name] != ours[name] for name in ours.keys() - {"epoch", "samples"}):
             raise ValueError(
                 f"load_state_dict: the state is of other data or of another order: expected {ours} but for "
-                f"epoch and samples, found {state}"
+                f"epoch and samples, found {state}; if only what comes later was changed, give the sampler start=, the "
+                "samples of the state"
             )
         changes = {"start": state["samples"]} | ({"epoch": state["epoch"]} if "epoch" in state else {})
         self._loaded = msgspec.structs.replace(self._given, **changes)  # type: ignore[type-var]
@@ -272,6 +297,10 @@ class _Sample(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._spec.fields)
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        """From a worker process it arrives as a dict."""
+        return dict, (self._fields,)
 
 
 def _collate_samples(samples: Sequence[Any], *, collate_fn_map: Any = None) -> Any:

@@ -32,7 +32,8 @@ from tokenmill.recipe import Recipe, builtin_recipes, load_recipe
 RECIPE_FLAGS = [
     *("--recipe", "--dataset", "--tokenizer", "--text-column", "--metadata-column", "--text-separator", "--shuffle"),
     *("--order", "--seed", "--buffer-size"),
-    *("--shard-size", "--total-tokens", "--dtype", "--special-in-text", "--eos-token", "--seq-len"),
+    *("--shard-size", "--total-tokens", "--dtype", "--special-in-text", "--eos-token"),
+    *("--bos", "--bos-token", "--fim-rate", "--fim-spm-rate", "--fim-tokens", "--seq-len"),
 ]
 
 
@@ -99,8 +100,17 @@ def test_commands_flags_and_names_are_frozen() -> None:
         "prove-disjoint": as_json,
     }
     assert tokenmill.__all__ == [
-        *("EpochSampler", "Receipt", "ReceiptWriter", "Recipe", "Selection", "StoreOptions", "Summary"),
-        *("TokenDataset", "TokenmillError", "ValidatorSampler", "ViewSource", "ViewSpec", "WindowSampler"),
+        *(
+            "EpochSampler",
+            "Receipt",
+            "ReceiptWriter",
+            "Recipe",
+            "Selection",
+            "SequentialSampler",
+            "StoreOptions",
+            "Summary",
+        ),
+        *("TokenDataset", "TokenmillError", "ValidatorSampler", "ViewSource", "ViewSpec", "ViewStage", "WindowSampler"),
         *("buffer_order", "build_view", "check_receipt", "consolidate", "download", "export", "import_data"),
         *(
             "load_receipt",

@@ -120,7 +120,7 @@ def recipe(corpus: Path, *columns: str, **fields: Any) -> Recipe:
 def stored(root: Path) -> dict[tuple[str, int], dict[str, object]]:
     manifest = manifests.load(root)
     assert manifest is not None
-    index = DocumentIndex(root, manifest)
+    index = DocumentIndex(root, manifest, manifest.recipe.seq_len)
     documents = [index.between(0, manifest.tokens)]
     return {(document.source, document.row): dict(document.metadata) for document in itertools.chain(*documents)}
 

@@ -329,7 +329,7 @@ def other(value: object) -> object:
     match value:
         case bool():
             return not value
-        case int():
+        case int() | float():
             return value + 1
         case str():
             return value + "x" if not value or value[-1] != "0" else value[:-1] + "1"

@@ -101,6 +101,10 @@ def test_documents_are_taken_apart_as_the_slow_way_does(
     assert lengths.tolist() == [len(document) for document in expected]
 
 
+def part_is_prefix(order: str, sentinels: str) -> bool:
+    return sentinels == ("M" if order == "spm" else "P")
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
@@ -130,6 +134,9 @@ def test_a_data_root_with_them(
     assert found.recipe.bos_token == ("<bos>" if bos == "prepend" else None)
     assert found.recipe.fim_tokens == (SENTINELS if rate else None)
     fim = Fim(rate, 0.5, 5, SENTINELS, tuple(ids)) if rate else None
+    lead = found.tokenizer.fim_lead
+    of_lead = len(library.encode(lead, add_special_tokens=False).ids) if lead else 0
+    assert bool(lead) == bool(rate)  # this one puts a blank before every text
     orders = set()
     opened = open_root(tmp_path / "root")
     rows = dict(enumerate([*TEXTS, None, "", *TEXTS[:5]]))
@@ -139,7 +146,11 @@ def test_a_data_root_with_them(
         body = []
         for sentinels, part in [("", value)] if apart is None else apart[1]:
             body += [ids["PMS".index(each)] for each in sentinels]
-            body += library.encode(part, add_special_tokens=False).ids
+            is_first = apart is None or part_is_prefix(apart[0], sentinels)
+            if is_first or not part:
+                body += library.encode(part, add_special_tokens=False).ids
+            else:
+                body += library.encode(lead + part, add_special_tokens=False).ids[of_lead:]
         orders.add(apart and apart[0])
         tokens = opened.tokens().read(document.start, document.start + document.tokens).tolist()
         assert tokens == [*([bos_id] if bos == "prepend" else []), *body, 2]
@@ -205,6 +216,11 @@ def test_problems_are_named(corpus: Path, tokenizer: Path, tmp_path: Path) -> No
         (known, {"bos": "prepend", "bos_token": "<b>"}, "found '<b>', which is not in its vocabulary"),
         (demo, {"fim_rate": 0.5}, "each one token of its vocabulary, found none that is known"),
         (known, {"fim_rate": 0.5, "fim_tokens": ("a", "b", "<nothing>")}, "found '<nothing>', which is not"),
+        (
+            known,
+            {"fim_rate": 0.5, "fim_tokens": (SENTINELS[0], SENTINELS[2], SENTINELS[1])},
+            "in the order prefix, mid",
+        ),
         (known, {"fim_rate": 0.5, "fim_tokens": ("a", "b", "a")}, "expected three different sentinels"),
     ):
         with pytest.raises(errors.TokenizerError, match=message):

@@ -229,7 +229,9 @@ def test_a_loader_goes_on_from_its_state(roots: dict[str, Path]) -> None:
         taken += [sample for pair in zip(batch.tolist(), other.tolist(), strict=True) for sample in pair]
         if len(taken) == 18:
             break
-    assert ranks[0].state_dict() == ranks[1].state_dict() == {"dataset_len": len(dataset), "samples": 18}
+    sha256 = dataset.data.samples_sha256
+    expected = {"dataset_len": len(dataset), "samples_sha256": sha256, "samples": 18}
+    assert ranks[0].state_dict() == ranks[1].state_dict() == expected
     for world in (1, 3):
         again = [loader(dataset, SequentialSampler(len(dataset), rank, world), batch_size=2) for rank in range(world)]
         for each in again:
@@ -243,12 +245,19 @@ def test_a_loader_goes_on_from_its_state(roots: dict[str, Path]) -> None:
     # The next iteration is whole again.
     assert next(iter(again[0])).tolist() == whole[0:6:3]
     epoch = loader(dataset, EpochSampler(len(dataset), seed=3, epoch=2), batch_size=5)
-    assert epoch.state_dict() == {"dataset_len": len(dataset), "seed": 3, "epoch": 2, "samples": 0}
+    expected = {"dataset_len": len(dataset), "samples_sha256": sha256, "seed": 3, "epoch": 2, "samples": 0}
+    assert epoch.state_dict() == expected
     first = [batch for batch, _ in zip(epoch, range(4), strict=False)]
     other = loader(dataset, EpochSampler(len(dataset), seed=3), batch_size=5)
     other.load_state_dict(epoch.state_dict() | {"samples": 10})
     assert torch.equal(next(iter(other)), first[2])
-    for state in ({}, {"samples": 3}, {**epoch.state_dict(), "seed": 4}, ranks[0].state_dict()):
+    for state in (
+        {},
+        {"samples": 3},
+        {**epoch.state_dict(), "samples_sha256": "0" * 64},
+        {**epoch.state_dict(), "seed": 4},
+        ranks[0].state_dict(),
+    ):
         with pytest.raises(ValueError, match="the state is of other data or of another order"):
             other.load_state_dict(state)
     for state in (None, [], {**epoch.state_dict(), "samples": "3"}):
@@ -258,7 +267,7 @@ def test_a_loader_goes_on_from_its_state(roots: dict[str, Path]) -> None:
     for ranks_, start in ((1, len(dataset)), (3, len(dataset) - 1)):
         for rank in range(ranks_):
             last = loader(dataset, SequentialSampler(len(dataset), rank, ranks_), batch_size=7, drop_last=False)
-            last.load_state_dict({"dataset_len": len(dataset), "samples": start})
+            last.load_state_dict({**ranks[0].state_dict(), "samples": start})
             assert sum(len(batch) for batch in last) == (start < len(dataset) and rank == 0)
     thirds = [loader(dataset, SequentialSampler(len(dataset), r, 3), batch_size=1, drop_last=False) for r in range(3)]
     for each in thirds:

@@ -525,13 +525,26 @@ def test_deep_finds_a_forged_hash(roots: dict[str, Path], tmp_path: Path) -> Non
     assert any(f.file == "documents_000001.parquet" for f in verify(root).findings)
 
 
+FIM_FIELDS = ("fim_rate", "fim_spm_rate", "fim_tokens")
+
+
 def test_deep_finds_another_order(roots: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
     """A data root of another seed passes for this one until the order is made again."""
     root = tmp_path / "root"
     shutil.copytree(roots["shards"], root)
     edit(lambda m: m["recipe"].update(seed=99))(root)
     fields = json.loads((root / "manifest.json").read_text())["recipe"]
-    del fields["dataset"], fields["tokenizer"], fields["metadata_columns"]
+    for later in (
+        "dataset",
+        "tokenizer",
+        "metadata_columns",
+        "bos",
+        "bos_token",
+        "fim_rate",
+        "fim_spm_rate",
+        "fim_tokens",
+    ):
+        del fields[later]
     settings = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     edit(lambda m: m.update(fingerprint=hashlib.sha256(settings.encode()).hexdigest()))(root)
     assert verify(root).passed

@@ -83,7 +83,7 @@ def slow_period(shares: dict[str, int], places: int = PERIOD) -> list[tuple[str,
 
 
 WEIGHTS = st.dictionaries(
-    st.sampled_from(["web", "code", "wiki", "b", "a"]), st.floats(0.001, 1_000), min_size=1, max_size=4
+    st.sampled_from(["web", "code", "wiki", "b", "a"]), st.floats(0.1, 1_000), min_size=1, max_size=4
 )
 
 

@@ -367,7 +367,7 @@ WRONG = {
     "an unknown word of a source": (SPEC + 'wher = "row = 1"\n', "line 11: .*wher", "did you mean where"),
     "a wrong choice": (SPEC.replace("seed = 4", 'shuffle = "sample"'), "line 2: shuffle: .*sample", "'samples'"),
     "a wrong type": (SPEC.replace("16", "1.5"), "line 1: seq_len: Expected", "the fields are"),
-    "out of range": (SPEC.replace("seed = 4", "holdout = 1.0"), "line 2: holdout: Expected `float` < 1", "fields"),
+    "out of range": (SPEC.replace("seed = 4", "holdout = 1.0"), "line 2: holdout: Expected a number < 1", "fields"),
     "a name twice": (
         SPEC.replace('"code"\nroot', '"web"\nroot'),
         "line 9: name: Two sources are called 'web'",

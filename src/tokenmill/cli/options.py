@@ -135,7 +135,7 @@ recipe_options = combine(
             "--fim-rate",
             type=click.FloatRange(0, 1),
             metavar="SHARE",
-            help="Share of the documents that are taken apart, to train a model to fill in the middle.  [default: 0]",
+            help="Share of the documents that are taken apart, to train a model to fill in the middle.  [default: 0.0]",
         ),
         click.option(
             "--fim-spm-rate",

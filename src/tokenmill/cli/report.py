@@ -313,7 +313,8 @@ def _origin(part: DocumentSlice) -> str:
 
 def samples_lines(found: Samples) -> list[str]:
     """Return the samples of a source row."""
-    numbers = ", ".join(f"{sample:,}" for sample in found.samples) or "none: after the last whole sample"
+    nowhere = "none: after the last whole sample" if found.begin is not None else "none: no stage gets so far"
+    numbers = ", ".join(f"{sample:,}" for sample in found.samples) or nowhere
     where = (
         "in pieces"
         if found.begin is None or found.end is None
@@ -444,10 +445,12 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
         tail = sum(source.span - source.samples * record.seq_len for source in record.sources)
     else:
         tail = record.tokens + record.padding - record.samples * record.seq_len
+    of_sources = "of the sources: " if record.stages else ""
+    taken = f", {record.samples * record.seq_len:,} in all stages" if record.stages else ""
     lines = {
-        "documents": f"{record.documents:,}",
-        "tokens": f"{record.tokens:,} ({record.dtype}), of which {tail:,} after the last sample",
-        "samples": f"{record.samples:,} of {record.seq_len:,} tokens",
+        "documents": f"{of_sources}{record.documents:,}",
+        "tokens": f"{of_sources}{record.tokens:,} ({record.dtype}), of which {tail:,} after the last sample",
+        "samples": f"{record.samples:,} of {record.seq_len:,} tokens{taken}",
         "packing": _packing(record),
         "order": f"{order}, seed {record.seed}" if record.shuffle != "none" else order,
         "split": split,

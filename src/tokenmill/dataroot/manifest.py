@@ -98,6 +98,8 @@ class TokenizerRecord(msgspec.Struct):
     """Begins every document, if the recipe says so."""
     fim_ids: tuple[Natural, Natural, Natural] | None = None
     """Sentinels before prefix, middle and suffix of documents that were taken apart."""
+    fim_lead: str = ""
+    """What came before middle and suffix while they were encoded; its ids are not stored."""
 
 
 class FileRecord(msgspec.Struct):

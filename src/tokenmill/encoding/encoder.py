@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenmill.corpus.reader import Texts, concatenate
 from tokenmill.dataroot.layout import smallest_dtype
 from tokenmill.dataroot.npy import TokenArray, token_dtype
-from tokenmill.encoding.framing import take_apart
+from tokenmill.encoding.framing import Fim, take_apart
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend, refuse_fatal
 from tokenmill.encoding.long_documents import LONG_NBYTES, Cut, cut_document
 from tokenmill.encoding.text_hash import text_hashes
@@ -43,6 +43,10 @@ AUDIT_ONE_IN = 1_000
 AUDIT_ADDED_PER_BATCH = 32
 AUDIT_MAX_NBYTES = 1 << 18
 """Longest text that is audited of a document: the memory of the reference backend grows with it."""
+
+_LEADS = ("\n", "\x02", "\u263a", "|")
+"""Tried in this order as `Fim.lead`."""
+_AFTER_LEADS = ("ntry", " x", "\n", "\n\n", "9", "é", "_a", "|", "\u263a", "\t", "漢")
 
 _KEPT = 2
 """Tokenizers that stay loaded, for the next run of the process."""
@@ -159,8 +163,30 @@ class Encoder:
         self._settings = self.tokenizer, self.backend.name, special_in_text, self.dtype.name
         self._added = _any_of([token.content for token in self.tokenizer.added_tokens])
         self._special = _any_of([token.content for token in self.tokenizer.added_tokens if token.special])
+        if self.tokenizer.fim is not None and not self.tokenizer.fim.lead:
+            self.tokenizer = self.tokenizer._replace(fim=self._with_lead(self.tokenizer.fim))
         self._audit_credit = float(AUDIT_FIRST_NBYTES)
         """Bytes of text that may be audited now."""
+
+    def _with_lead(self, fim: Fim) -> Fim:
+        """Return how documents are taken apart, with a lead if the tokenizer needs one.
+
+        Raises:
+            TokenizerError: it does, and none of those tried serves.
+        """
+        first = self.ids_of(["n"])["n"][0]
+        if not self._reference.name_of(first).startswith(("\u2581", "\u0120")):
+            return fim
+        for lead in _LEADS:
+            found = self.ids_of([lead, *(lead + text for text in _AFTER_LEADS)])
+            ids = found.get(lead, [])
+            if ids and all(found.get(lead + text, [])[: len(ids)] == ids for text in _AFTER_LEADS):
+                return fim._replace(lead=lead, lead_ids=tuple(ids))
+        raise TokenizerError(
+            f"tokenizer {self.tokenizer.name}: it puts a blank before every text that it encodes, and so before each "
+            "part of a document that is taken apart",
+            next_step="give a tokenizer that puts none there for fill in the middle",
+        )
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return _rebuilt, self._settings
@@ -260,9 +286,18 @@ class Encoder:
                 of_run = special[(special >= first) & (special < end)] - first
                 encoded.append(self._encode_run(run, of_run, rows_of[first:end], origin))
         ids, counts, audited = zip(*encoded, strict=True)
+        joined, of_pieces = ids[0] if len(ids) == 1 else np.concatenate(ids), np.concatenate(counts)
+        if self.tokenizer.fim is not None:
+            joined, of_pieces, odd = pieces.without_leads(joined, of_pieces, self.tokenizer.fim.lead_ids)
+            if odd is not None:
+                raise TokenizerError(
+                    f"{origin.name(int(rows_of[odd]))}: the tokenizer joins what is put before a part of it "
+                    f"({self.tokenizer.fim.lead!r}) with the part",
+                    next_step="leave the row out, or give a tokenizer that puts no blank before a text",
+                )
         tokens, of_documents = pieces.framed(
-            ids[0] if len(ids) == 1 else np.concatenate(ids),
-            np.concatenate(counts),
+            joined,
+            of_pieces,
             eos_id=self.tokenizer.eos_id,
             dtype=self.dtype,
         )

@@ -32,6 +32,10 @@ class Fim(NamedTuple):
     tokens: tuple[str, str, str]
     """Sentinels: prefix, middle, suffix."""
     ids: tuple[int, int, int]
+    lead: str = ""
+    """What comes before middle and suffix while they are encoded: for tokenizers that begin every text that they encode
+    with a blank of their own, which stands before this then; its ids are taken away again."""
+    lead_ids: tuple[int, ...] = ()
 
 
 class Pieces(NamedTuple):
@@ -42,6 +46,24 @@ class Pieces(NamedTuple):
     """Which document each is of; every document has one at least."""
     heads: NDArray[np.int64] | None
     """Ids that come before each, shape `(pieces, 3)`; after those, -1. None where nothing does."""
+    has_lead: NDArray[np.bool_] | None = None
+    """Whether its text begins with `Fim.lead`, shape `(pieces,)`; None where none does."""
+
+    def without_leads(
+        self, ids: NDArray[Any], counts: NDArray[np.int64], lead_ids: Sequence[int]
+    ) -> tuple[NDArray[Any], NDArray[np.int64], int | None]:
+        """Return ids and counts without those of leads, and a piece whose lead has other ids, if there is one."""
+        if self.has_lead is None:
+            return ids, counts, None
+        pieces = np.flatnonzero(self.has_lead)
+        at = (np.cumsum(counts) - counts)[pieces, None] + np.arange(len(lead_ids))
+        short = counts[pieces] < len(lead_ids)
+        wrong = short | (ids[np.minimum(at, max(0, len(ids) - 1))] != np.array(lead_ids)).any(axis=1)
+        if wrong.any():
+            return ids, counts, int(pieces[np.argmax(wrong)])
+        kept = np.ones(len(ids), np.bool_)
+        kept[at.reshape(-1)] = False
+        return ids[kept], counts - self.has_lead * len(lead_ids), None
 
     def framed(
         self, ids: NDArray[Any], counts: NDArray[np.int64], *, eos_id: int, dtype: np.dtype[Any]
@@ -97,8 +119,10 @@ def take_apart(
     prefix_id, middle_id, suffix_id = fim.ids
     begins = [] if bos_id is None else [bos_id]
     parts: list[tuple[list[str], list[list[int]]]] = []
+    lead = fim.lead
     for text, low, high, spm in zip(some.to_pylist(), *cuts.tolist(), is_spm.tolist(), strict=True):
         prefix, middle, suffix = text[:low], text[low:high], text[high:]
+        middle, suffix = lead + middle if middle else "", lead + suffix if suffix else ""
         if spm:
             parts.append(([suffix, prefix, middle], [[*begins, prefix_id, suffix_id], [middle_id], []]))
         else:
@@ -113,7 +137,15 @@ def take_apart(
     source = pa.concat_arrays([documents, pa.array(texts, pa.large_string())])
     at = document.copy()
     at[is_apart] = count + np.arange(len(texts))
-    return Pieces(source.take(pa.array(at)), document, heads)
+    has_lead = None
+    if lead:
+        has_lead = np.zeros(len(at), np.bool_)
+        has_lead[is_apart] = [
+            bool(text) and number != spm
+            for (of, _), spm in zip(parts, is_spm.tolist(), strict=True)
+            for number, text in enumerate(of)
+        ]
+    return Pieces(source.take(pa.array(at)), document, heads, has_lead)
 
 
 def fim_draws(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
@@ -133,7 +165,7 @@ def fim_draws(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
 def put_together(
     ids: Sequence[int], fim_ids: tuple[int, int, int], *, bos_id: int | None, eos_id: int
 ) -> list[list[int]] | None:
-    """Return the ids of a document's parts in the order of its text; None if it was not taken apart.
+    """Return the ids of a document's parts, prefix, middle, suffix; None if it was not taken apart.
 
     In the order suffix, prefix, middle nothing says where the prefix ends, so the first two are one part.
     """

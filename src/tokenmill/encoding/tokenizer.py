@@ -99,7 +99,10 @@ def with_special_tokens(tokenizer: TokenizerFile, recipe: Recipe) -> TokenizerFi
         known = (each for each in KNOWN_FIM_TOKENS if all(token in ids for token in each))
         tokens = recipe.fim_tokens or next(known, None)
         if tokens is None or not all(token in ids for token in tokens):
-            lacking = "none that is known" if tokens is None else repr(next(t for t in tokens if t not in ids))
+            every = "; ".join(" ".join(each) for each in KNOWN_FIM_TOKENS)
+            lacking = (
+                f"none that is known ({every})" if tokens is None else repr(next(t for t in tokens if t not in ids))
+            )
             raise TokenizerError(
                 f"tokenizer {tokenizer.name}: expected sentinels for fill in the middle, each one token of its "
                 f"vocabulary, found {lacking}{'' if tokens is None else ', which is not'}",
@@ -112,6 +115,12 @@ def with_special_tokens(tokenizer: TokenizerFile, recipe: Recipe) -> TokenizerFi
                 next_step="name three with --fim-tokens PREFIX MIDDLE SUFFIX",
             )
         prefix, middle, suffix = tokens
+        if "suf" in middle.lower() or "mid" in suffix.lower():
+            raise TokenizerError(
+                f"tokenizer {tokenizer.name}: expected sentinels in the order prefix, middle, suffix, found "
+                f"{', '.join(tokens)}",
+                next_step=f"give {prefix} {suffix} {middle}",
+            )
         named = ids[prefix], ids[middle], ids[suffix]
         fim = Fim(recipe.fim_rate, recipe.fim_spm_rate, recipe.seed, (prefix, middle, suffix), named)
         tokenizer = tokenizer._replace(fim=fim)

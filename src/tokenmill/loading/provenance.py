@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +9,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from tokenmill.encoding.framing import fim_draws, put_together
+from tokenmill.encoding.framing import put_together
 from tokenmill.encoding.hf import HFBackend
-from tokenmill.encoding.text_hash import bytes_hash
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
@@ -182,40 +180,7 @@ def _original(found: DataRoot | OpenView, backend: HFBackend, part: DocumentSlic
     parts = put_together(ids, recorded.fim_ids, bos_id=recorded.bos_id, eos_id=recorded.eos_id)
     if parts is None:
         return None
-    original = "".join(backend.decode(each) for each in parts)
-    if len(parts) == 2 and part.text_xxh3 is not None:
-        return _joined_exactly(original, parts, backend, int(part.text_xxh3, 16), _seed_of(found, part))
-    return original
-
-
-def _joined_exactly(original: str, parts: list[list[int]], backend: HFBackend, text_xxh3: int, seed: int) -> str:
-    """Return the text of `prefix middle` and `suffix`.
-
-    Some tokenizers begin every text that they encode with a blank of their own, so that one too many lies where the
-    middle begins. The hash of the text says where it was cut, and whether that is the text.
-    """
-    if bytes_hash(original.encode()) == text_xxh3:
-        return original
-    first, last = parts
-    ends = [0, *itertools.accumulate(len(piece) for piece in backend.pieces(first))]
-    shares = fim_draws(np.array([text_xxh3], np.uint64), seed)[1:3, 0].tolist()
-    cuts = {min(int(share * (len(original) + 1 - more)) for share in shares) for more in (0, 1)}
-    for at, end in enumerate(ends):
-        if end in cuts:
-            found = backend.decode(first[:at]) + backend.decode(first[at:]) + backend.decode(last)
-            if bytes_hash(found.encode()) == text_xxh3:
-                return found
-    return original
-
-
-def _seed_of(found: DataRoot | OpenView, part: DocumentSlice) -> int:
-    """Return the seed of the recipe that made a document."""
-    root = found
-    if isinstance(found, OpenView):
-        name = part.source.partition("/")[0]
-        root = next(root for source, root in zip(found.view.sources, found.sources, strict=True) if source.name == name)
-    assert isinstance(root, DataRoot)
-    return root.manifest.recipe.seed if root.manifest is not None else 0
+    return backend.decode([token for each in parts for token in each])
 
 
 def open_backend(found: DataRoot | OpenView) -> HFBackend:

@@ -291,6 +291,8 @@ def permute_each(
         keys: of the rounds of each, as of `permutation_keys`, shape `(8, n)`, or `(8,)` for all.
         inverse: return what goes there.
     """
+    if len(places) == 0:
+        return places.copy()  # of nothing there is no size
     moved = _feistel(places, size, keys, inverse=inverse)
     outside = np.flatnonzero(moved >= size)
     while len(outside):

@@ -77,6 +77,7 @@ class RunInputs(NamedTuple):
                 probe={},
                 bos_id=tokenizer.bos_id,
                 fim_ids=tokenizer.fim.ids if tokenizer.fim is not None else None,
+                fim_lead=tokenizer.fim.lead if tokenizer.fim is not None else "",
             ),
             software=self.software(),
             files=[FileRecord(file.path, file.nbytes, etag=file.etag) for file in self.corpus.files],

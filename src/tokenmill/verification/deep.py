@@ -183,7 +183,12 @@ class DeepRun:
             body = self._ids(text)
         else:
             low, high = sorted(min(len(text), math.floor(draw * (len(text) + 1))) for draw in draws[1:3])
-            prefix, middle, suffix = (self._ids(part) for part in (text[:low], text[low:high], text[high:]))
+            lead = self.manifest.tokenizer.fim_lead
+            of_lead = len(self._ids(lead))
+            prefix = self._ids(text[:low])
+            middle, suffix = (
+                self._ids(lead + part)[of_lead:] if part else [] for part in (text[low:high], text[high:])
+            )
             of_prefix, of_middle, of_suffix = fim.ids
             if draws[3] < fim.spm_rate:
                 body = [of_prefix, of_suffix, *suffix, of_middle, *prefix, *middle]

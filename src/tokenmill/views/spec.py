@@ -109,7 +109,8 @@ def load_spec(path: Path) -> ViewSpec:
                 table[name] = parse_count(count)
             except ValueError as error:
                 place = name if where is None else f"{where[0]}[{where[1]}].{name}"
-                raise _explained(path, text, f"{error} - at `$.{place}`") from None
+                message = _explained(path, text, f"{error} - at `$.{place}`").message
+                raise RecipeError(message, next_step="correct it") from None
     try:
         spec = msgspec.convert(fields, ViewSpec)
         validate_spec(spec)
@@ -155,7 +156,7 @@ def _validate_weights(spec: ViewSpec, names: list[str]) -> None:
     for at, source in enumerate(spec.sources):
         if needs_weights and source.weight is None:
             raise msgspec.ValidationError(
-                "Expected a weight for each source, as others have one; 0 takes it only in stages that name it - at "
+                "Expected a weight for each source of a mixture; 0 takes it only in stages that name it - at "
                 f"`$.sources[{at}].weight`"
             )
     if needs_weights and not any(source.weight for source in spec.sources):
@@ -189,6 +190,8 @@ def _explained(path: Path, text: str, error: str) -> RecipeError:
     step = "the fields are " + ", ".join(known)
     if unknown and (near := difflib.get_close_matches(key, known, 1)):
         step = f"did you mean {near[0]}? " + step
+    if unknown and where is not None and key in ViewSpec.__struct_fields__:
+        step = f"{key} belongs before the first [[sources]]; " + step
     value = re.search(r"Invalid enum value '(.*)'", error)
     if value:
         kinds = {
