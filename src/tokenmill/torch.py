@@ -29,10 +29,6 @@ except ImportError as error:
     ) from (error)
 
 
-Batch = torch.Tensor | dict[str, Any]
-"""Samples, shape `(n, seq_len)`; or fields by name, tensors but for `max_seqlen`."""
-
-
 class TokenDataset(Dataset[Any]):
     """The samples of a data root as tensors, for a `torch.utils.data.DataLoader`.
 
@@ -89,7 +85,7 @@ class TokenDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int | slice | list[int]) -> Batch:
+    def __getitem__(self, index: int | slice | list[int]) -> Any:
         if isinstance(index, slice):
             index = list(range(*index.indices(len(self))))
         if self._spec is not None:
