@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import xxhash
 
-from conftest import write_parquet
+from conftest import text, write_parquet
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
 
 MASK = 2**64 - 1
 
@@ -58,3 +61,24 @@ def key(row: Row, seed: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
     return z ^ z >> 31
+
+
+@pytest.fixture(scope="module")
+def batch_roots(shards: Path, consolidated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data roots, and views of every kind, by what they are."""
+    folder = tmp_path_factory.mktemp("views")
+    web = make(folder, "web", {"a.parquet": [text(i, 2 + i % 50) for i in range(120)]}, seq_len=40)
+    code = make(folder, "code", {"a.parquet": [text(i, 2 + i % 90) for i in range(500, 560)]}, seq_len=40)
+    made = {"shards": shards, "consolidated": consolidated}
+    for policy in ("concat", "best-fit"):
+        for shuffle in ("documents", "none"):
+            for weights in ((None, None), (2.0, 1.0)):
+                name = f"{policy} {shuffle} {'mixture' if weights[0] else 'all'}"
+                sources = [
+                    ViewSource(name=source, root=str(root), weight=weight, max_epochs=3)
+                    for source, root, weight in zip(("web", "code"), (web, code), weights, strict=True)
+                ]
+                spec = ViewSpec(sources=sources, seq_len=40, seed=4, shuffle=shuffle, packing=policy)
+                build_view(spec, folder / name)
+                made[name] = folder / name
+    return made
