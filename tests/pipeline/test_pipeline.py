@@ -21,7 +21,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import golden, golden_corpus, write_parquet, write_record
+from conftest import golden, golden_corpus, run_cli, text, write_parquet, write_record
 from support.reference import documents, rows_in_order
 from support.runs import StopError, every_digest, golden_recipe, require_golden_views, shard_digests, stop_after
 from tokenmill import errors
@@ -510,3 +510,14 @@ def test_sidecar_row_groups_do_not_depend_on_spans(
     pretokenize(recipe, tmp_path / "b", span_rows=50)
     assert every_digest(tmp_path / "a") == every_digest(tmp_path / "b")
     assert pq.ParquetFile(tmp_path / "a" / "documents_000000.parquet").num_row_groups > 1
+
+
+def test_the_plan_of_files_with_rows_of_all_sizes_is_near_the_truth(tmp_path: Path) -> None:
+    """Few long rows in one file and many short ones in another are not taken for repeated texts."""
+    write_parquet(tmp_path / "corpus" / "long.parquet", [text(i, 4_000) for i in range(20)])
+    lines = [json.dumps({"text": text(i, 12)}) for i in range(4_000)]
+    (tmp_path / "corpus" / "short.jsonl").write_text("\n".join(lines))
+    line = ["pretokenize", tmp_path / "root", "--dataset", tmp_path / "corpus", "--tokenizer", TOKENIZER]
+    planned = json.loads(run_cli(*line, "--dry-run", "--json").stdout)
+    made = json.loads(run_cli(*line, "--json").stdout)
+    assert made["tokens"] / 2 < planned["preflight"]["estimated_corpus_tokens"] < made["tokens"] * 2

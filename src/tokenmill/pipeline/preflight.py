@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokenmill.corpus.corpus import Corpus
-from tokenmill.corpus.reader import SpanReader, Texts
+from tokenmill.corpus.reader import Figures, SpanReader, Texts
 from tokenmill.encoding.encoder import Encoder
 from tokenmill.errors import SourceError, StorageError
 from tokenmill.pipeline.driver import BATCH_NBYTES, BATCHES_AHEAD
@@ -81,9 +81,8 @@ def preflight(
             f"{corpus.location.name}: {len(sizes)} files with no rows at all",
             next_step="give the directory of a corpus that has text",
         )
-    sample = _sample([file for file, figures in zip(opened, held, strict=True) if figures.rows], encoder)
-    if text_nbytes * 4 < rows * sample.row_nbytes:  # a dictionary holds repeated texts once
-        text_nbytes = rows * sample.row_nbytes
+    sample = _sample([pair for pair in zip(opened, held, strict=True) if pair[1].rows], encoder)
+    text_nbytes *= sample.repeated
     corpus_tokens = round(text_nbytes * sample.tokens_per_nbyte)
     tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
     itemsize = encoder.dtype.itemsize
@@ -135,9 +134,10 @@ def check_disk(plan: Preflight, root: Path, *, shards_at_once: int | None = None
 
 
 class _Sample(NamedTuple):
-    row_nbytes: float
+    repeated: float
+    """How much more text the files hold than they say: a dictionary holds repeated texts once."""
     metadata_nbytes: float
-    """Likewise of a row."""
+    """Of a row."""
     filled_columns: set[str]
     """Metadata columns that have a value somewhere."""
     tokens_per_nbyte: float
@@ -145,13 +145,14 @@ class _Sample(NamedTuple):
     """Tokens per second of one thread."""
 
 
-def _sample(filled: list[SpanReader], encoder: Encoder) -> _Sample:
+def _sample(filled: list[tuple[SpanReader, Figures]], encoder: Encoder) -> _Sample:
     """Encode the first rows of a few files."""
-    rows = nbytes = encoded_nbytes = tokens = metadata_nbytes = 0
+    rows = encoded_nbytes = tokens = metadata_nbytes = 0
+    held_nbytes = told_nbytes = 0.0
     filled_columns: set[str] = set()
     seconds = 0.0
     for index in _spread(len(filled), _SAMPLES):
-        file = filled[index]
+        file, figures = filled[index]
         found = file.sample()
         text = found.array
         shortened = _beginnings(text)
@@ -159,14 +160,16 @@ def _sample(filled: list[SpanReader], encoder: Encoder) -> _Sample:
         encoded = encoder.encode(Texts(shortened), where=file.name, first_row=0, on_bad_rows="skip")
         seconds += time.perf_counter() - begin
         rows += len(text)
-        nbytes += encoded.text_nbytes if shortened is text else text.nbytes
+        nbytes = encoded.text_nbytes if shortened is text else text.nbytes
+        held_nbytes += figures.rows * nbytes / max(1, len(text))
+        told_nbytes += figures.text_nbytes
         encoded_nbytes += encoded.text_nbytes
         tokens += len(encoded.tokens)
         if found.metadata is not None:
             metadata_nbytes += found.metadata.nbytes
             filled_columns |= {name for name in found.metadata.column_names if found.metadata[name].drop_null()}
     return _Sample(
-        nbytes / rows,
+        held_nbytes / max(1.0, told_nbytes) if told_nbytes * 4 < held_nbytes else 1.0,
         metadata_nbytes / rows,
         filled_columns,
         tokens / max(1, encoded_nbytes),
