@@ -82,7 +82,8 @@ def preflight(
             next_step="give the directory of a corpus that has text",
         )
     sample = _sample([pair for pair in zip(opened, held, strict=True) if pair[1].rows], encoder)
-    text_nbytes *= sample.repeated
+    if sample.told_nbytes * 4 < sample.held_nbytes:  # a dictionary holds repeated texts once
+        text_nbytes = rows * sample.held_nbytes / sample.rows
     corpus_tokens = round(text_nbytes * sample.tokens_per_nbyte)
     tokens = min(corpus_tokens, recipe.total_tokens or corpus_tokens)
     itemsize = encoder.dtype.itemsize
@@ -134,8 +135,12 @@ def check_disk(plan: Preflight, root: Path, *, shards_at_once: int | None = None
 
 
 class _Sample(NamedTuple):
-    repeated: float
-    """How much more text the files hold than they say: a dictionary holds repeated texts once."""
+    rows: int
+    """Of the files that were looked at, not of their first rows alone."""
+    told_nbytes: float
+    """Text of these files, by what they say."""
+    held_nbytes: float
+    """The same, by their first rows."""
     metadata_nbytes: float
     """Of a row."""
     filled_columns: set[str]
@@ -147,7 +152,7 @@ class _Sample(NamedTuple):
 
 def _sample(filled: list[tuple[SpanReader, Figures]], encoder: Encoder) -> _Sample:
     """Encode the first rows of a few files."""
-    rows = encoded_nbytes = tokens = metadata_nbytes = 0
+    rows = sampled_rows = encoded_nbytes = tokens = metadata_nbytes = 0
     held_nbytes = told_nbytes = 0.0
     filled_columns: set[str] = set()
     seconds = 0.0
@@ -163,13 +168,16 @@ def _sample(filled: list[tuple[SpanReader, Figures]], encoder: Encoder) -> _Samp
         nbytes = encoded.text_nbytes if shortened is text else text.nbytes
         held_nbytes += figures.rows * nbytes / max(1, len(text))
         told_nbytes += figures.text_nbytes
+        sampled_rows += figures.rows
         encoded_nbytes += encoded.text_nbytes
         tokens += len(encoded.tokens)
         if found.metadata is not None:
             metadata_nbytes += found.metadata.nbytes
             filled_columns |= {name for name in found.metadata.column_names if found.metadata[name].drop_null()}
     return _Sample(
-        held_nbytes / max(1.0, told_nbytes) if told_nbytes * 4 < held_nbytes else 1.0,
+        sampled_rows,
+        told_nbytes,
+        held_nbytes,
         metadata_nbytes / rows,
         filled_columns,
         tokens / max(1, encoded_nbytes),
