@@ -165,9 +165,10 @@ class Loader(DataLoader[Any]):
 def _identity_of(data: Any) -> str | None:
     """Return the digest of what defines all samples; None where nothing is recorded that says it."""
     try:
-        return dataset.TokenDataset.samples_sha256.fget(data.data)  # type: ignore[attr-defined,no-any-return]
-    except (DataRootError, AttributeError):
+        found: str = data.data.samples_sha256
+    except (DataRootError, AttributeError):  # the latter of samples of one shard, and of data sets of others
         return None
+    return found
 
 
 class _Order:
@@ -263,7 +264,7 @@ class _Samples(Sequence["_Sample"]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of a batch of {len(self)}")
-        return _Sample(lambda: batches.sample_of(self._gathered, index % len(self)), self._spec, self._dtype)
+        return _Sample(self._gathered, index % len(self), self._spec, self._dtype)
 
     def collated(self) -> dict[str, Any] | _GatheredFields:
         """Return the batch."""
@@ -278,12 +279,13 @@ class _Sample(Mapping[str, Any]):
     As of `_First`, that function looks up how to go on by the type of the first sample.
     """
 
-    def __init__(self, gather: Callable[[], batches.Gathered], spec: batches.BatchSpec, dtype: torch.dtype) -> None:
-        self._gather, self._spec, self._dtype = gather, spec, dtype
+    def __init__(self, gathered: batches.Gathered, number: int, spec: batches.BatchSpec, dtype: torch.dtype) -> None:
+        self._gathered, self._number, self._spec, self._dtype = gathered, number, spec, dtype
 
     @functools.cached_property
     def _fields(self) -> dict[str, Any]:
-        return _only_sample(_expanded(self._gather(), self._spec, self._dtype))
+        alone = batches.sample_of(self._gathered, self._number)
+        return _only_sample(_expanded(alone, self._spec, self._dtype))
 
     def __getitem__(self, name: str) -> Any:
         return self._fields[name]

@@ -290,3 +290,16 @@ def test_a_manifest_of_yesterday_is_resumed_and_verified(corpus: Path, tmp_path:
     assert pretokenize(recipe, tmp_path / "root").status == "complete"
     assert verify(tmp_path / "root", deep=20).passed
     assert msgspec.json.decode(path.read_bytes())["fingerprint"] == record["fingerprint"]
+
+
+def test_a_broken_configuration_does_no_harm_where_tokens_are_named(tokenizer: Path, tmp_path: Path) -> None:
+    """As the message about it says."""
+    folder = Path(shutil.copytree(tokenizer, tmp_path / "broken"))
+    (folder / "tokenizer_config.json").write_text("{")
+    loaded = load_tokenizer(str(folder), eos_token="</s>")
+    recipe = Recipe(dataset="x", tokenizer="y", bos="prepend")
+    with pytest.raises(errors.TokenizerError, match="is not JSON") as raised:
+        with_special_tokens(loaded, recipe)
+    assert "--bos-token" in str(raised.value.next_step)
+    named = with_special_tokens(loaded, msgspec.structs.replace(recipe, bos_token="<bos>"))
+    assert named.bos_token == "<bos>"

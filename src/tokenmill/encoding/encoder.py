@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -271,13 +271,12 @@ class Encoder:
         flags[rows[special]] = SPECIAL
         hashes = np.zeros(len(strings), np.uint64)
         hashes[rows] = text_hashes(documents)
-        framing = {"bos_id": self.tokenizer.bos_id, "fim": self.tokenizer.fim}
-        pieces = take_apart(documents, hashes[rows], **framing)  # type: ignore[arg-type]
+        pieces = take_apart(documents, hashes[rows], bos_id=self.tokenizer.bos_id, fim=self.tokenizer.fim)
         if pieces.texts is not documents:
             special = self._matches(pieces.texts, self._special)
         rows_of = rows[pieces.document]
 
-        encoded: list[tuple[NDArray[np.uint32], NDArray[np.int64], int]] = []
+        encoded: list[tuple[NDArray[Any], NDArray[np.int64], int]] = []
         for first, end, is_long in self._runs(pieces.texts):
             run = pieces.texts.slice(first, end - first)
             if is_long:
@@ -295,12 +294,7 @@ class Encoder:
                     f"({self.tokenizer.fim.lead!r}) with the part",
                     next_step="leave the row out, or give a tokenizer that puts no blank before a text",
                 )
-        tokens, of_documents = pieces.framed(
-            joined,
-            of_pieces,
-            eos_id=self.tokenizer.eos_id,
-            dtype=self.dtype,
-        )
+        tokens, of_documents = pieces.framed(joined, of_pieces, eos_id=self.tokenizer.eos_id, dtype=self.dtype)
         lengths = np.zeros(len(strings), np.int64)
         lengths[rows] = of_documents
         metadata = [span.texts.metadata for span in spans if span.texts.metadata is not None]
@@ -348,16 +342,16 @@ class Encoder:
         rows: NDArray[np.int64],
         origin: _RowOrigin,
         pool: ThreadPoolExecutor | None,
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
+    ) -> tuple[NDArray[Any], NDArray[np.int64], int]:
         """Do as `_encode_run` for one text, which is cut."""
 
-        def encode(group: tuple[pa.LargeStringArray, slice]) -> NDArray[np.uint32]:
+        def encode(group: tuple[pa.LargeStringArray, slice]) -> NDArray[Any]:
             strings, are_pieces = group
             ids, offsets = self.encode_documents(strings, self._matches(strings, self._special))
             self._check_range(ids, lambda at: origin.name(int(rows[0])))
             bounds = list(itertools.pairwise(offsets.tolist()))[are_pieces]
             pieces = [ids[begin:end] for begin, end in bounds]
-            return np.concatenate(pieces)
+            return np.concatenate(pieces, dtype=self.dtype, casting="unsafe")
 
         assert self.backend.cut is not None
         groups = cut_document(document, self.backend.cut)

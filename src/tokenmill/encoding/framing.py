@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-_GOLDEN = 0x9E3779B97F4A7C15
+from tokenmill.encoding.splitmix import GOLDEN, mix64
+
 _MOST_HEAD = 3
 
 
@@ -155,10 +156,8 @@ def fim_draws(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
     """
     found = np.empty((4, len(hashes)))
     for number in range(4):
-        z = hashes + np.uint64((seed + number + 1) * _GOLDEN & 0xFFFFFFFFFFFFFFFF)
-        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        found[number] = ((z ^ z >> np.uint64(31)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        mixed = mix64(hashes + np.uint64((seed + number + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF))
+        found[number] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return found
 
 

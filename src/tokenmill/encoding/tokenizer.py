@@ -23,6 +23,10 @@ MAX_IDS = 1 << 24
 """Ids must be below this: libraries allocate a table up to the largest one."""
 
 _GIVE_EOS = "name the end-of-sequence token with --eos-token (or eos_token in the recipe)"
+_GIVE = {
+    "eos_token": _GIVE_EOS,
+    "bos_token": "name the beginning-of-sequence token with --bos-token (or bos_token in the recipe)",
+}
 _GIVE_HF = "give the tokenizer.json that HF tokenizers writes"
 
 Id = Annotated[int, msgspec.Meta(ge=0, lt=MAX_IDS)]
@@ -57,8 +61,8 @@ class TokenizerFile(NamedTuple):
     vocab_size: int
     """One more than the largest id, added tokens included."""
     added_tokens: tuple[AddedToken, ...]
-    own_bos: str | None = None
-    """The beginning-of-sequence token that is configured beside the file."""
+    folder: Path | None = None
+    """Where it was found, and what is configured beside it."""
     bos_token: str | None = None
     """What begins documents, once `with_special_tokens` says that something does."""
     bos_id: int | None = None
@@ -87,12 +91,14 @@ def with_special_tokens(tokenizer: TokenizerFile, recipe: Recipe) -> TokenizerFi
     ids = _vocabulary(tokenizer.name, Path("tokenizer.json"), fields)
     ids |= {token.content: token.id for token in tokenizer.added_tokens}
     if recipe.bos == "prepend":
-        bos = recipe.bos_token or tokenizer.own_bos
+        bos = recipe.bos_token
+        if bos is None and tokenizer.folder is not None:
+            bos = _configured(tokenizer.name, tokenizer.folder, "bos_token")
         if bos is None or bos not in ids:
             found = "none" if bos is None else f"{bos!r}, which is not in its vocabulary of {len(ids)}"
             raise TokenizerError(
                 f"tokenizer {tokenizer.name}: expected a beginning-of-sequence token, found {found}",
-                next_step="name it with --bos-token (or bos_token in the recipe)",
+                next_step=_GIVE["bos_token"],
             )
         tokenizer = tokenizer._replace(bos_token=bos, bos_id=ids[bos])
     if recipe.fim_rate:
@@ -184,7 +190,7 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
         eos_id=ids[eos],
         vocab_size=max(ids.values()) + 1,
         added_tokens=added,
-        own_bos=_configured(name, path.parent, "bos_token"),
+        folder=path.parent,
     )
 
 
@@ -238,7 +244,7 @@ def _configured(name: str, folder: Path, field: str) -> str | None:
         file = folder / file_name
         if not file.is_file():
             continue
-        mend = f"mend or remove it, or {_GIVE_EOS}"
+        mend = f"mend or remove it, or {_GIVE[field]}"
         try:
             config = msgspec.json.decode(file.read_bytes())
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

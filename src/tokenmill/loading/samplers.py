@@ -16,6 +16,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill.encoding.splitmix import mix64
+
 _CHUNK = 1 << 12
 _ROUNDS = 8
 _MOST_SAMPLES = 1 << 62
@@ -67,7 +69,25 @@ class _Sampler(msgspec.Struct, frozen=True):
             yield from self.indices(begin, min(begin + _CHUNK, len(self))).tolist()
 
 
-class EpochSampler(_Sampler, frozen=True, tag="epoch"):
+class _FromAnywhere(_Sampler, frozen=True):
+    """What samplers of a whole data set share, which can leave out the first samples of their order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dataset_len, start = self._bounds()
+        _check_range("dataset_len", dataset_len, 1, _MOST_SAMPLES)
+        _check_range("start", start, 0, dataset_len)
+
+    @property
+    def _total(self) -> int:
+        dataset_len, start = self._bounds()
+        return dataset_len - start
+
+    def _bounds(self) -> tuple[int, int]:
+        return self.dataset_len, self.start  # type: ignore[attr-defined]
+
+
+class EpochSampler(_FromAnywhere, frozen=True, tag="epoch"):
     """Every sample of a data set once, in an order drawn by `seed` and `epoch`, in memory that does not grow with it.
 
     The order is a pseudo-random permutation computed place by place: an alternating Feistel network of
@@ -100,20 +120,14 @@ class EpochSampler(_Sampler, frozen=True, tag="epoch"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("dataset_len", self.dataset_len, 1, _MOST_SAMPLES)
-        _check_range("start", self.start, 0, self.dataset_len)
         _check_range("epoch", self.epoch, 0, None)
-
-    @property
-    def _total(self) -> int:
-        return self.dataset_len - self.start
 
     def _at(self, begin: int, end: int, step: int) -> SampleIndices:
         places = np.arange(self.start + begin, self.start + end, step, dtype=np.int64).astype(np.uint64)
         return permute(places, self.dataset_len, f"{self.seed}/{self.epoch}").astype(np.int64)
 
 
-class SequentialSampler(_Sampler, frozen=True, tag="sequential"):
+class SequentialSampler(_FromAnywhere, frozen=True, tag="sequential"):
     """Every sample of a data set once, as they lie: what a mixture wants, whose order is its schedule.
 
     To resume, `start` is enough: the samples trained on so far by all ranks together.
@@ -132,15 +146,6 @@ class SequentialSampler(_Sampler, frozen=True, tag="sequential"):
     rank: int = 0
     world_size: int = 1
     start: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_range("dataset_len", self.dataset_len, 1, _MOST_SAMPLES)
-        _check_range("start", self.start, 0, self.dataset_len)
-
-    @property
-    def _total(self) -> int:
-        return self.dataset_len - self.start
 
     def _at(self, begin: int, end: int, step: int) -> SampleIndices:
         return np.arange(self.start + begin, self.start + end, step, dtype=np.int64)
@@ -317,18 +322,11 @@ def _feistel(
     low, high = values & low_mask, values >> low_bits
     for number in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):  # each round undoes itself
         if number % 2:
-            high = high ^ (_mix(low + keys[number]) & high_mask)
+            high = high ^ (mix64(low + keys[number]) & high_mask)
         else:
-            low = low ^ (_mix(high + keys[number]) & low_mask)
+            low = low ^ (mix64(high + keys[number]) & low_mask)
     moved: NDArray[np.uint64] = high << low_bits | low
     return moved
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the finalizer of SplitMix64 (D. Stafford's variant 13 of MurmurHash3's)."""
-    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return values ^ values >> np.uint64(31)
 
 
 def _check_range(name: str, value: int, lowest: int, highest: int | None) -> None:

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from tokenmill.encoding.splitmix import GOLDEN, mix64
 
 
 def file_key(seed: int, source: str, path: str) -> int:
@@ -25,11 +25,7 @@ def file_key(seed: int, source: str, path: str) -> int:
 
 def document_keys(file_keys: NDArray[np.uint64], row: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return the key of each document, shape `(documents,)`, by the key of its file and its row."""
-    value = file_keys + (row.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return mixed
+    return mix64(file_keys + (row.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
 
 
 def is_held_out(identity: NDArray[np.uint64], holdout: float) -> NDArray[np.bool_]:
