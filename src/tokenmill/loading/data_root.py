@@ -55,6 +55,12 @@ class Windows(NamedTuple):
     """Where padding begins and ends, counted as `bounds`, shape `(stretches, 2)`."""
 
 
+def most_parts(starts: NDArray[np.int64], edges: NDArray[np.int64]) -> int:
+    """Return the most parts that samples consist of, which lie between `edges`; parts begin at `starts`."""
+    inside = np.searchsorted(starts, edges[1:]) - np.searchsorted(starts, edges[:-1], side="right") + 1
+    return int(inside.max(initial=0))
+
+
 class TokenStream:
     """The token stream of a data root, from `tokens.bin` or from its shards. Threads and forks may share one.
 

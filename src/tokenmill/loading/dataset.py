@@ -28,6 +28,7 @@ from tokenmill.loading.data_root import (
     TokenStream,
     Windows,
     map_sample_ids,
+    most_parts,
     not_consolidated,
 )
 from tokenmill.loading.view import OpenView, ViewStream, open_view
@@ -248,8 +249,7 @@ class TokenDataset:
         for begin in range(0, self._samples, _COUNTED_SAMPLES):
             edges = np.arange(begin, min(self._samples, begin + _COUNTED_SAMPLES) + 1) * self.seq_len
             starts = self._starts(int(edges[0]), int(edges[-1]))
-            inside = np.searchsorted(starts, edges[1:]) - np.searchsorted(starts, edges[:-1], side="right") + 1
-            most = max(most, int(inside.max(initial=0)))
+            most = max(most, most_parts(starts, edges))
         return most
 
     def _starts(self, begin: int, end: int) -> NDArray[np.int64]:

@@ -23,7 +23,15 @@ from tokenmill.dataroot.manifest import FileRecord, TokenizerRecord
 from tokenmill.dataroot.view_record import ViewRecord, load_view, require_pinned, source_root
 from tokenmill.errors import DataRootError, QueryError
 from tokenmill.loading.arrangement import Arrangement, InOrder, MixedSource, MixedStage, Mixture, Shuffled
-from tokenmill.loading.data_root import PLACES_AT_ONCE, DataRoot, MappedArray, Piece, TokenStream, Windows
+from tokenmill.loading.data_root import (
+    PLACES_AT_ONCE,
+    DataRoot,
+    MappedArray,
+    Piece,
+    TokenStream,
+    Windows,
+    most_parts,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -211,8 +219,7 @@ class ViewStream:
         for first, samples in parts:
             for at in range(0, samples, _SEARCHED):
                 edges = first + np.arange(at, min(samples, at + _SEARCHED) + 1) * self._seq_len
-                inside = np.searchsorted(begins, edges[1:]) - np.searchsorted(begins, edges[:-1], side="right") + 1
-                most = max(most, int(inside.max(initial=0)))
+                most = max(most, most_parts(begins, edges))
         return most
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -328,7 +335,7 @@ class OpenView(NamedTuple):
     @property
     def cuts_documents(self) -> bool:
         """Whether documents do not lie whole, one after the other."""
-        return self.view.packing != "concat" or not isinstance(self.arrangement(), InOrder)
+        return self.view.packing != "concat" or bool(self.view.stages) or self.view.shuffles_samples
 
     def documents(self) -> ViewDocuments:
         """Return its documents."""

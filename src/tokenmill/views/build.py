@@ -35,7 +35,7 @@ from tokenmill.views.choice import (
 from tokenmill.views.mixture import mix
 from tokenmill.views.packing import count_samples, pack
 from tokenmill.views.removal import RemovalList, load_removals
-from tokenmill.views.spec import ViewSpec, ViewStage, validate_spec
+from tokenmill.views.spec import ViewSpec, validate_spec
 
 _WRITTEN = 1 << 20
 """Entries of the index that are written at once."""
@@ -245,10 +245,7 @@ def _notes(
 
 def _drawn_twice(spec: ViewSpec, same: list[SameData]) -> list[SameData]:
     """Return the pairs of sources of which some stage draws both, or one stage one, and another the other."""
-    drawn: set[str] = set()
-    for stage in spec.stages or [ViewStage()]:
-        weights = stage.weights or {source.name: source.weight or 0.0 for source in spec.sources}
-        drawn |= {name for name, weight in weights.items() if weight}
+    drawn = {name for stage in spec.mixed_stages for name, weight in (stage.weights or {}).items() if weight}
     return [pair for pair in same if {pair.first, pair.second} <= drawn]
 
 

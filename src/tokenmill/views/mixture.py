@@ -14,7 +14,7 @@ from tokenmill.dataroot.view_record import StageRecord, most_samples
 from tokenmill.errors import RecipeError
 from tokenmill.loading.arrangement import MixedStage
 from tokenmill.views.schedule import integer_shares, make_period
-from tokenmill.views.spec import MOST_EPOCHS, ViewSource, ViewSpec, ViewStage
+from tokenmill.views.spec import MOST_EPOCHS, ViewSource, ViewSpec
 
 
 class Mixed(NamedTuple):
@@ -49,8 +49,8 @@ def mix(spec: ViewSpec, samples: Mapping[str, int], seq_len: int, left_out: Mapp
     taken = dict.fromkeys(sources, 0)
     records: list[StageRecord] = []
     schedule: list[NDArray[np.uint16]] = []
-    for number, stage in enumerate(spec.stages or [ViewStage()], start=1):
-        weights = stage.weights or {source.name: source.weight or 0.0 for source in spec.sources}
+    for number, stage in enumerate(spec.mixed_stages, start=1):
+        weights = stage.weights or {}
         try:
             shares = integer_shares({name: weights.get(name, 0.0) for name in sources})
         except ValueError as error:

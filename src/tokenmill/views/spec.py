@@ -82,6 +82,13 @@ class ViewSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Whether samples come from sources by weight."""
         return bool(self.stages) or any(source.weight is not None for source in self.sources)
 
+    @property
+    def mixed_stages(self) -> list[ViewStage]:
+        """The stages of a mixture, one at least, each with its weights."""
+        own = {source.name: source.weight or 0.0 for source in self.sources}
+        stages = self.stages or [ViewStage()]
+        return [msgspec.structs.replace(stage, weights=stage.weights or own) for stage in stages]
+
 
 def load_spec(path: Path) -> ViewSpec:
     """Load the spec that a TOML file holds; its data roots and lists are relative to the file.
