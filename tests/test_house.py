@@ -27,7 +27,7 @@ LAYERS = (
     "corpus | dataroot",
     "remote",
     "recipe",
-    "options",
+    "options | progress",
     "errors",
     "redact",
 )
@@ -123,7 +123,7 @@ def test_each_special_dependency_has_one_home() -> None:
         "botocore": "remote/s3.py",
         "tenacity": "remote/retry.py",
         "filelock": "dataroot/lock.py",
-        "rich": "cli/progress.py",
+        "rich": "progress.py",
         "torch": "torch.py",
         "ray": "ray.py",
     }

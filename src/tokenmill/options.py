@@ -31,6 +31,8 @@ class StoreOptions(NamedTuple):
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _COUNT = re.compile(r"([+-]?)(\d[\d_]*(?:\.\d+)?)(?:e(\d{1,2}))?\s*([kmgbt]?|[kmgt]i)", re.IGNORECASE)
+MAX_VALUES = 10_000
+"""Different values of a metadata column that statistics count tokens by."""
 LARGEST_COUNT = (1 << 63) - 1
 """Counts and sizes are stored as signed 64-bit integers."""
 

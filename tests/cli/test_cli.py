@@ -58,14 +58,14 @@ def test_commands_flags_and_names_are_frozen() -> None:
             "show",
             "stats",
         ),
-        *("test-shard", "upload", "verify", "view", "where"),
+        *("test-shard", "upload", "verify", "view", "watch", "where"),
     ]
     workers = ["--workers", "--num-proc"]
     speed = [*workers, "--chunk-size", "--tokenizer-backend", "--engine-tokenizer"]
     quiet, as_json = ["-q", "--quiet"], ["--json"]
     straight, bad = ["--consolidated", "--id-scheme"], ["--on-bad-rows", "--max-document-size"]
     store, away = ["--endpoint-url", "--anonymous"], ["--upload-to", "--keep-local"]
-    away += ["--engine", "--ray-address", "--only-new", "--dry-run"]
+    away += ["--engine", "--ray-address", "--only-new", "--dry-run", "--metrics"]
     assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *bad, *store, *away, *quiet, *as_json]
     assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *bad, *store, *quiet]
     files = ["--include", "--exclude", "--shards"]
@@ -74,10 +74,11 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("consolidate") == [*join, *quiet, *as_json]
     deep = ["--quick", "--deep", "--dataset", "--tokenizer", "--max-document-size", *store, *workers]
     assert flags("verify") == [*deep, *quiet, *as_json]
-    assert flags("info") == [*store, *as_json]
-    assert flags("stats") == ["--order", *as_json]
+    assert flags("info") == [*store, "--all", *as_json]
+    assert flags("stats") == ["--order", "--all", *as_json]
     assert flags("receipts") == as_json
-    assert flags("show") == ["--sample", "--ids", *as_json]
+    assert flags("show") == ["--sample", "--ids", "--plain", "--limit", *as_json]
+    assert flags("watch") == ["--once", *as_json]
     assert flags("where") == [
         "--sample",
         "--token",
@@ -329,24 +330,6 @@ def test_a_second_process_is_refused(tmp_path: Path, corpus: Path) -> None:
     assert run_cli("pretokenize", out, *options(corpus, "--shard-size", 2_000)).returncode == 0
 
 
-def test_plain_progress_when_not_a_terminal(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tokenmill.cli import progress
-    from tokenmill.pipeline.pretokenize import pretokenize
-
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
-    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), shard_size=2000)
-    with progress.display(quiet=False) as shown:
-        pretokenize(recipe, tmp_path / "out", on_progress=shown.show, on_plan=lambda plan: shown.expect(plan.tokens))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines
-    assert all(
-        re.fullmatch(r".* tokens +\d+%  .*/s  .* documents  shard \d+  .* left  .* GB memory at most", line)
-        for line in lines
-    )
-
-
 def test_live_line_on_a_terminal(tmp_path: Path, long_corpus: Path) -> None:
     driver, terminal = pty.openpty()
     run = subprocess.Popen(
@@ -368,7 +351,7 @@ def test_live_line_on_a_terminal(tmp_path: Path, long_corpus: Path) -> None:
         seen += data
     os.close(driver)
     assert run.wait(30) == 0
-    assert re.search(rb"tokens +\d+%.*/s.*documents.*shard.*left.*GB memory", seen)
+    assert re.search(rb"tokenizing .*\d+%.* tokens .*/s.*left.*documents.*shard.*GB memory", seen)
     assert b"30,000 documents" in seen
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
@@ -116,6 +117,61 @@ def test_stats(made: Made) -> None:
         by_source[name] += len(tokens)
     assert figures.tokens_by_source == dict(by_source)
     assert (figures.duplicates is None) is (made.form == "shards")
+    assert sum(each.documents for each in figures.document_histogram) == len(lengths)
+    assert sum(each.tokens for each in figures.document_histogram) == sum(lengths)
+    for each in figures.document_histogram:
+        inside = [length for length in lengths if each.low <= length < each.high]
+        assert (each.documents, each.tokens) == (len(inside), sum(inside))
+        assert each.high - each.low == 1 or each.high <= each.low * 1.5
+    ranked = [count for _, count in counts.most_common()]
+    assert [(rank, ranked[rank - 1]) for rank, _ in figures.rank_frequency] == figures.rank_frequency
+    assert figures.rank_frequency[-1][0] == len(ranked)
+    assert {token.text: token.count for token in figures.control_tokens} == {"<unk>": counts[0]}
+
+
+def test_bytes_of_text_are_those_of_the_corpus(made: Made) -> None:
+    """The demo's tokenizer puts a blank before every text, and after every control token; EOS is no text."""
+    nbytes = Counter()
+    corpus = made.root.parent / "corpus"
+    for name, row, _ in made.documents:
+        text = pq.read_table(corpus / name)["text"][row].as_py()
+        segments = re.split("</s>|<unk>", text)
+        nbytes[name] += len("".join(segments).encode()) + sum(map(bool, segments)) + 5 * text.count("<unk>")
+    assert statistics.stats(made.root).text_nbytes_by_source == nbytes
+
+
+def test_tokens_by_value_and_long_lists(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for number in range(25):
+        texts = [f"text {number} {row}" for row in range(4)]
+        columns = {"lang": ["en", "de", None, "en"], "n": [1, 2, 3, number]}
+        write_parquet(corpus / f"{number:02}.parquet", texts, **columns)
+    columns = ("lang", "n:int64")
+    recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), shard_size=100, metadata_columns=columns)
+    pretokenize(recipe, tmp_path / "out")
+    found = statistics.stats(tmp_path / "out")
+    assert set(found.tokens_by_value["lang"]) == {"en", "de", "null"}
+    assert sum(found.tokens_by_value["lang"].values()) == sum(found.tokens_by_value["n"].values()) == found.tokens
+    assert "24" in found.tokens_by_value["n"]
+    for name, table in (("stats", "bytes per token"), ("info", "documents")):
+        few, every = (run_cli(name, tmp_path / "out", *more).stdout for more in ([], ["--all"]))
+        assert table in few
+        assert "--all lists them" in few
+        assert len(re.findall(r"\d\d\.parquet", few)) == 20
+        assert len(re.findall(r"\d\d\.parquet", every)) == 25
+        assert "--all" not in every
+
+
+def test_show_as_plain_text_and_its_beginning(made: Made) -> None:
+    whole = run_cli("show", made.root, "--sample", 1, "--plain").stdout
+    tokens = provenance.show(made.root, 1).tokens
+    assert "\u2502" not in whole
+    assert whole.replace("\n", "") == "".join(token.text for token in tokens if token.text != "\n")
+    first = run_cli("show", made.root, "--sample", 1, "--ids", "--limit", 3).stdout
+    assert first.count("\n") >= 6
+    assert f"{made.seq_len - 3} tokens more" in first
+    assert f"{made.seq_len - 3} tokens more" in run_cli("show", made.root, "--sample", 1, "--limit", 3).stdout
+    assert run_cli("show", made.root, "--sample", 1, "--ids", "--plain").returncode == 2
 
 
 def test_info(made: Made) -> None:

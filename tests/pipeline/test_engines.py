@@ -29,8 +29,8 @@ from tokenmill.corpus.corpus import find_corpus
 from tokenmill.dataroot import layout, manifest
 from tokenmill.options import StoreOptions
 from tokenmill.pipeline import driver, leftovers, tasks
-from tokenmill.pipeline.driver import Progress
 from tokenmill.pipeline.pretokenize import pretokenize
+from tokenmill.progress import Progress
 from tokenmill.recipe import Recipe
 from tokenmill.verification.verify import verify
 from tokenmill.views.build import build_view

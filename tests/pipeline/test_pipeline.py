@@ -27,9 +27,9 @@ from support.runs import StopError, every_digest, golden_recipe, require_golden_
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
-from tokenmill.pipeline.driver import Progress
 from tokenmill.pipeline.local import ThreadExecutor
 from tokenmill.pipeline.pretokenize import plan, pretokenize
+from tokenmill.progress import Progress
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
 from tokenmill.shards.shard import tally

@@ -26,8 +26,8 @@ from support import reference
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import inventory, layout, manifest, proof, sample_ids, tokens_file
-from tokenmill.pipeline.driver import Progress
 from tokenmill.pipeline.pretokenize import pretokenize
+from tokenmill.progress import Progress
 from tokenmill.recipe import Recipe, load_recipe
 from tokenmill.shards import consolidate as consolidation
 from tokenmill.shards.consolidate import consolidate

@@ -12,7 +12,7 @@ import numpy as np
 
 from conftest import REPOSITORY, shared
 from tokenmill.loading.dataset import TokenDataset
-from tokenmill.pipeline.driver import Progress
+from tokenmill.progress import Progress
 from tokenmill.recipe import Recipe
 from tokenmill.views.build import build_view
 from tokenmill.views.spec import ViewSource, ViewSpec

@@ -10,41 +10,51 @@ import click
 
 from tokenmill.cli.console import print_result
 from tokenmill.cli.interchange import FORMATS
-from tokenmill.cli.options import Count, combine, data_root_argument, json_option, store_options
+from tokenmill.cli.options import Count, all_option, combine, data_root_argument, json_option, store_options
 from tokenmill.options import StoreOptions
 
 
 @click.command(short_help="Describe a data set and how it was made.")
 @click.argument("data_root")
 @combine(store_options)
+@all_option
 @json_option
-def info(data_root: str, *, endpoint_url: str | None, anonymous: bool, as_json: bool) -> None:
+def info(data_root: str, *, endpoint_url: str | None, anonymous: bool, every: bool, as_json: bool) -> None:
     """Describe the data set or view in DATA_ROOT, a directory or s3://BUCKET/PREFIX, and how it was made."""
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.dataroot.view_record import load_view
     from tokenmill.loading import info as infos
 
     view = load_view(Path(data_root)) if Path(data_root).is_dir() else None
     if view is not None:
-        print_result(view, report.view_lines(view), as_json=as_json)
+        print_result(view, wording.view_lines(view), as_json=as_json)
         return
     found = infos.info(data_root, StoreOptions(endpoint_url, anonymous))
-    print_result(found, report.info_lines(found), as_json=as_json)
+    print_result(found, wording.info_lines(found, every=every), as_json=as_json)
 
 
 @click.command(short_help="Print the text of a sample, and where it came from.")
 @data_root_argument
 @click.option("--sample", type=Count(0), required=True, metavar="I", help="Number of the sample, from 0.")
 @click.option("--ids", "with_ids", is_flag=True, help="Print a line for every token: its place, its id, its text.")
+@click.option("--plain", is_flag=True, help="Print the text alone, without the bounds of tokens.")
+@click.option("--limit", type=Count(1), metavar="TOKENS", help="Print the first so many tokens.  [default: all]")
 @json_option
-def show(data_root: Path, *, sample: int, with_ids: bool, as_json: bool) -> None:
+def show(data_root: Path, *, sample: int, with_ids: bool, plain: bool, limit: int | None, as_json: bool) -> None:
     """Print the text of a sample, with the bounds of tokens and documents, its id, and where it came from."""
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.loading import provenance
 
+    if plain and with_ids:
+        raise click.UsageError("--plain contradicts --ids")
     found = provenance.show(data_root, sample)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    lines = report.token_lines(found) if with_ids else report.sample_lines(found, colour=colour)
+    if plain:
+        lines = wording.plain_lines(found, limit)
+    elif with_ids:
+        lines = wording.token_lines(found, limit)
+    else:
+        lines = wording.sample_lines(found, colour=colour, limit=limit)
     print_result(found, lines, as_json=as_json)
 
 
@@ -85,7 +95,7 @@ def where(
       tokenmill where data/ --source part-00003.parquet --row 12
       tokenmill where data/ --trainer megatron --position 17:200
     """
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.loading import provenance
 
     given = [option is not None for option in (sample, token, sample_id, source, trainer)]
@@ -95,7 +105,7 @@ def where(
         )
     if source is not None and row is not None:
         samples = provenance.where_row(data_root, source, row)
-        print_result(samples, report.samples_lines(samples), as_json=as_json)
+        print_result(samples, wording.samples_lines(samples), as_json=as_json)
         return
     if sample is not None:
         places = [provenance.where_sample(data_root, sample)]
@@ -107,7 +117,7 @@ def where(
         places = [where_trainer(data_root, trainer, position)]
     else:
         places = provenance.where_sample_id(data_root, str(sample_id))
-    print_result(places, [line for place in places for line in report.place_lines(place)], as_json=as_json)
+    print_result(places, [line for place in places for line in wording.place_lines(place)], as_json=as_json)
 
 
 @click.command(short_help="Check which samples ranks say they trained on.")
@@ -125,11 +135,11 @@ def receipts(data_root: Path, receipt: tuple[Path, ...], *, as_json: bool) -> No
     Example:
       tokenmill receipts data/ checkpoints/receipt-rank*.json
     """
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.loading.receipts import check_receipt, load_receipt
 
     checks = {str(path): check_receipt(data_root, load_receipt(path)) for path in receipt}
-    print_result(checks, report.receipt_lines(checks), as_json=as_json)
+    print_result(checks, wording.receipt_lines(checks), as_json=as_json)
     if not all(check.passed for each in checks.values() for check in each):
         raise click.exceptions.Exit(1)
 
@@ -137,23 +147,24 @@ def receipts(data_root: Path, receipt: tuple[Path, ...], *, as_json: bool) -> No
 @click.command(short_help="Count lengths, frequencies and duplicate samples.")
 @data_root_argument
 @click.option("--order", is_flag=True, help="Instead, measure how far the order of documents is from a random one.")
+@all_option
 @json_option
-def stats(data_root: Path, *, order: bool, as_json: bool) -> None:
+def stats(data_root: Path, *, order: bool, every: bool, as_json: bool) -> None:
     """Count lengths of documents, frequencies of tokens, tokens per source file, and samples that occur twice.
 
     With --order: how documents of one source file, and of one text, are spread over the data set, beside what a random
     permutation gives, and beside a shuffle through a buffer. Reads sidecars only.
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import byte_display
+    from tokenmill.cli import wording
     from tokenmill.loading import stats as statistics
+    from tokenmill.progress import byte_display
 
     if order:
         from tokenmill.loading.order_quality import order_quality
 
         quality = order_quality(data_root)
-        print_result(quality, report.order_lines(quality), as_json=as_json)
+        print_result(quality, wording.order_lines(quality), as_json=as_json)
         return
     with byte_display(quiet=as_json) as on_progress:
         found = statistics.stats(data_root, on_progress=on_progress)
-    print_result(found, report.stats_lines(found), as_json=as_json)
+    print_result(found, wording.stats_lines(found, every=every), as_json=as_json)

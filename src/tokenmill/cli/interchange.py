@@ -52,7 +52,7 @@ def export(
       tokenmill export data/ megatron/ --to megatron
       tokenmill export train/ gpt/ --to nanogpt --split validation/     # two views
     """
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.interchange.export import export as write
     from tokenmill.interchange.export import plan_export
 
@@ -62,7 +62,7 @@ def export(
         with end_on_signals(lambda: f"finished files are kept in {out}; {RESUME}"):
             found = write(data_root, out, to, validation=validation, copy=copy)
     if as_json or not quiet:
-        print_result(found, report.export_lines(found), as_json=as_json)
+        print_result(found, wording.export_lines(found), as_json=as_json)
 
 
 @click.command("import", short_help="Make a data set of what others tokenized.")
@@ -101,10 +101,10 @@ def import_(source: Path, data_root: Path, *, kind: str, quiet: bool, as_json: b
       tokenmill import corpus_text_document data/ --from megatron --tokenizer llama2/
       tokenmill import fineweb10B/ data/ --from llmc --eos-id 50256
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import count_display
+    from tokenmill.cli import wording
     from tokenmill.dataroot import atomic
     from tokenmill.interchange.importing import import_data
+    from tokenmill.progress import count_display
 
     atomic.make_root(data_root)
     log_to(data_root)
@@ -114,4 +114,4 @@ def import_(source: Path, data_root: Path, *, kind: str, quiet: bool, as_json: b
     ):
         found = import_data(source, data_root, kind, **options, on_progress=on_progress)
     if as_json or not quiet:
-        print_result(found, report.import_lines(found), as_json=as_json)
+        print_result(found, wording.import_lines(found), as_json=as_json)

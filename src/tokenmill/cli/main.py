@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tokenmill.cli import inspect, interchange, make, transfer, verify, view
+from tokenmill.cli import inspect, interchange, make, transfer, verify, view, watch
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
 
@@ -92,6 +92,7 @@ for _command in (
     make.consolidate,
     make.test_shard,
     make.demo,
+    watch.watch,
     verify.verify,
     transfer.download,
     transfer.upload,

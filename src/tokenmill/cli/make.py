@@ -78,6 +78,12 @@ if TYPE_CHECKING:
     "view joins both (docs/views.md).",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it needs, and make nothing.")
+@click.option(
+    "--metrics",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write what the progress line shows to FILE as JSON Lines, a line each second (docs/format.md).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 @json_option
 def pretokenize(
@@ -99,6 +105,7 @@ def pretokenize(
     ray_address: str | None,
     only_new: tuple[Path, ...],
     dry_run: bool,
+    metrics: Path | None,
     quiet: bool,
     as_json: bool,
     **fields: object,
@@ -139,6 +146,7 @@ def pretokenize(
             keep_local=keep_local,
             engine=cluster,
             **shared,
+            metrics=metrics,
             quiet=quiet,
             as_json=as_json,
         )
@@ -186,8 +194,8 @@ def consolidate(
       tokenmill consolidate data/
       tokenmill consolidate data/ --consume          # needs room for one shard, not for all
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import byte_display
+    from tokenmill.cli import wording
+    from tokenmill.progress import byte_display
     from tokenmill.shards.consolidate import consolidate as join
 
     if data_root.is_dir():
@@ -202,7 +210,7 @@ def consolidate(
     except InterruptedByUserError as stop:
         exit_interrupted(RESUME, stop)
     if as_json or not (quiet and result.proof.passed):
-        print_result(result, report.consolidation_lines(result, skipped=skip_validation), as_json=as_json)
+        print_result(result, wording.consolidation_lines(result, skipped=skip_validation), as_json=as_json)
     if not result.proof.passed:
         raise click.exceptions.Exit(1)
 
@@ -234,7 +242,7 @@ def test_shard(
     The shard is the one that `tokenmill pretokenize` with the same options makes first, byte for byte.
     An existing shard is kept if it has at least 90% of the wanted tokens.
     """
-    from tokenmill.cli import first_shard, report
+    from tokenmill.cli import first_shard, wording
     from tokenmill.dataroot import layout
     from tokenmill.recipe import load_recipe
 
@@ -262,7 +270,7 @@ def test_shard(
         quiet=quiet,
     )
     if not quiet:
-        echo_lines(report.statistics_lines(first_shard.shard_statistics(path)))
+        echo_lines(wording.statistics_lines(first_shard.shard_statistics(path)))
 
 
 @click.command(short_help="Pretokenize Python's own standard library.")
@@ -288,16 +296,24 @@ def demo(output: Path, workers: int | None) -> None:
     )
 
 
-def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = False, **options: Any) -> Summary:
+def run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
+    metrics: Path | None = None,
+    **options: Any,
+) -> Summary:
     """Pretokenize with progress, a log file, a summary, and a clean end on Ctrl-C."""
     import msgspec
 
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import display
+    from tokenmill.cli import wording
     from tokenmill.corpus.location import without_secrets
     from tokenmill.dataroot import atomic
     from tokenmill.pipeline.allocator import keep_freed_memory
     from tokenmill.pipeline.pretokenize import pretokenize
+    from tokenmill.progress import PROGRESS, ProgressRow, run_display
 
     keep_freed_memory()
     if not quiet:
@@ -308,8 +324,12 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
     log.info("pretokenize %s: %s", output, msgspec.json.encode(shown_recipe).decode())
     catch_signals(lambda: _describe_done(output), RAY_GRACE_SECONDS if options.get("engine") else GRACE_SECONDS)
     said: set[str] = set()
+
+    def log_row(row: ProgressRow) -> None:
+        log.info("%s%s", PROGRESS, msgspec.json.encode(row).decode())
+
     try:
-        with display(quiet=quiet or as_json) as shown:
+        with run_display(quiet=quiet or as_json, metrics=metrics, log=log_row) as shown:
 
             def on_plan(plan: Preflight) -> None:
                 shown.expect(plan.tokens)
@@ -322,18 +342,18 @@ def run(recipe: Recipe, output: Path, *, quiet: bool = False, as_json: bool = Fa
         exit_interrupted(_describe_done(output), stop)
     log.info("%s", msgspec.json.encode(summary).decode())
     if as_json or not quiet or (summary.proof is not None and not summary.proof.passed):
-        print_result(summary, report.summary_lines(summary, said), as_json=as_json)
+        print_result(summary, wording.summary_lines(summary, said), as_json=as_json)
     return summary
 
 
 def _print_plan(recipe: Recipe, output: Path, as_json: bool, *, workers: int, keep_local: bool, **options: Any) -> None:
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.pipeline.preflight import SHARDS_PASSING, check_disk
     from tokenmill.pipeline.pretokenize import plan
 
     inputs, figures = plan(recipe, output, workers=workers, **options)
     found = {"recipe": inputs.recipe, "preflight": figures}
-    print_result(found, report.plan_lines(inputs, figures, output, workers), as_json=as_json)
+    print_result(found, wording.plan_lines(inputs, figures, output, workers), as_json=as_json)
     check_disk(figures, output, shards_at_once=None if keep_local else SHARDS_PASSING)
 
 

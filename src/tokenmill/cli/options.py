@@ -233,6 +233,7 @@ store_options = [
     click.option("--anonymous", is_flag=True, help="Read public s3:// buckets without credentials."),
 ]
 
+all_option = click.option("--all", "every", is_flag=True, help="List every file, where there are more than 20.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 data_root_argument = click.argument("data_root", type=click.Path(path_type=Path, file_okay=False))
 output_argument = click.argument("output", type=click.Path(path_type=Path, file_okay=False))

@@ -97,8 +97,8 @@ def _transfer(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import byte_display
+    from tokenmill.cli import wording
+    from tokenmill.progress import byte_display
     from tokenmill.transfer.selection import Selection, shard_range
 
     selection = Selection(include, exclude, None if shards is None else shard_range(shards))
@@ -109,4 +109,4 @@ def _transfer(
     except InterruptedByUserError as stop:
         exit_interrupted(RESUME, stop)
     if as_json or not quiet:
-        print_result(result, report.transfer_lines(result), as_json=as_json)
+        print_result(result, wording.transfer_lines(result), as_json=as_json)

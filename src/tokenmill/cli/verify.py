@@ -63,8 +63,8 @@ def verify(
     Reads every byte: digests, sample ids, token ids, documents, ledger. Writes nothing. With --deep it
     goes back to the source and to the reference tokenizer backend. The exit code is 1 if anything is wrong.
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import byte_display
+    from tokenmill.cli import wording
+    from tokenmill.progress import byte_display
     from tokenmill.verification.verify import verify as prove
 
     if options["quick"] and options["deep"]:
@@ -83,6 +83,6 @@ def verify(
             **options,
         )
     if as_json or not (quiet and result.passed):
-        print_result(result, report.verification_lines(result), as_json=as_json)
+        print_result(result, wording.verification_lines(result), as_json=as_json)
     if not result.passed:
         raise click.exceptions.Exit(1)

@@ -49,8 +49,8 @@ def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
     """
     import msgspec
 
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import count_display
+    from tokenmill.cli import wording
+    from tokenmill.progress import count_display
     from tokenmill.views.build import plan_view
     from tokenmill.views.spec import load_spec
 
@@ -59,9 +59,9 @@ def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
         count_display("documents", quiet=quiet or as_json) as on_progress,
     ):
         built = plan_view(load_spec(spec), compare_packings=True, on_progress=on_progress)
-    lines = report.view_lines(built.record, built.duplicates)
+    lines = wording.view_lines(built.record, built.duplicates)
     found = msgspec.to_builtins(built.record) | {"packings": built.packings}
-    print_result(found, [*lines, *report.packing_lines(built.record, built.packings)], as_json=as_json)
+    print_result(found, [*lines, *wording.packing_lines(built.record, built.packings)], as_json=as_json)
 
 
 @view.command(short_help="Store a view in a directory.")
@@ -75,8 +75,8 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
     The data sets that it is made from must stay where they are; their digests are kept, and are compared when the view
     is opened. A view that is there already is not replaced by another.
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import count_display
+    from tokenmill.cli import wording
+    from tokenmill.progress import count_display
     from tokenmill.views.build import build_view
     from tokenmill.views.spec import load_spec
 
@@ -86,7 +86,7 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
     ):
         built, was_there = build_view(load_spec(spec), folder, on_progress=on_progress)
     last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
-    lines = [*report.view_lines(built.record, built.duplicates), last]
+    lines = [*wording.view_lines(built.record, built.duplicates), last]
     print_result(built.record, lines, as_json=as_json)
 
 
@@ -115,9 +115,9 @@ def write(
     do not fit in memory, documents pass through files in OUTPUT, which take as much room as the shards once more. After
     a crash, a kill or Ctrl-C, run the same command again: it resumes, and the bytes are the same.
     """
-    from tokenmill.cli import report
-    from tokenmill.cli.progress import count_display
+    from tokenmill.cli import wording
     from tokenmill.dataroot import atomic
+    from tokenmill.progress import count_display
     from tokenmill.views.write import write_view
 
     atomic.make_root(output)
@@ -135,7 +135,7 @@ def write(
             engine=cluster,
             on_progress=on_progress,
         )
-    print_result(found, report.written_lines(found), as_json=as_json)
+    print_result(found, wording.written_lines(found), as_json=as_json)
 
 
 @view.command("prove-disjoint", short_help="Prove that two views share no document.")
@@ -144,10 +144,10 @@ def write(
 @json_option
 def prove_disjoint(first: Path, second: Path, *, as_json: bool) -> None:
     """Prove that two views share no document, by the hashes of their texts. The exit code is 1 if they do."""
-    from tokenmill.cli import report
+    from tokenmill.cli import wording
     from tokenmill.views.disjoint import prove_disjoint as compare
 
     found = compare(first, second)
-    print_result(found, report.disjointness_lines(found), as_json=as_json)
+    print_result(found, wording.disjointness_lines(found), as_json=as_json)
     if not found.passed:
         raise click.exceptions.Exit(1)

@@ -5,6 +5,7 @@ Slow and exact by definition: what it returns is what a document's tokens are.
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,9 @@ for text in sys.argv[1:]:
         pass
 """
 """Program text: loads a tokenizer and encodes some texts. A text it cannot encode is no fault of the file."""
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class CannotEncodeError(Exception):
@@ -143,6 +147,29 @@ class HFBackend:
         """Return the text that each token adds; a token that only begins a character adds none yet."""
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token) or "" for token in ids]
+
+    def texts_of(self, ids: list[int]) -> list[str | None]:
+        """Return the text that each token adds after another; None for one that is only a part of a character."""
+        anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        before = self._tokenizer.decode(anchor, skip_special_tokens=False)
+        after = self._tokenizer.decode_batch([[*anchor, token] for token in ids], skip_special_tokens=False)
+        added = (text[len(before) :] if text.startswith(before) else text for text in after)
+        return [None if "\ufffd" in text else text for text in added]
+
+    def nbytes_of(self, ids: list[int]) -> NDArray[np.int64]:
+        """Return the bytes of text that each token stands for, in UTF-8, shape `(len(ids),)`."""
+        nbytes = np.empty(len(ids), np.int64)
+        for at, (token, text) in enumerate(zip(ids, self.texts_of(ids), strict=True)):
+            if text is None:  # one byte as `<0x0A>`, or, where all tokens are of bytes, a character for each of them
+                name = self.name_of(token)
+                nbytes[at] = 1 if _BYTE.fullmatch(name) else len(name)
+            else:
+                nbytes[at] = len(text.encode())
+        return nbytes
+
+    def control_ids(self) -> list[int]:
+        """Return the ids of the control tokens, as the library has them."""
+        return [id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
 
     def name_of(self, token: int) -> str:
         """Return a token as the vocabulary writes it."""

@@ -25,6 +25,7 @@ from tokenmill.interchange.format import Format
 from tokenmill.interchange.incoming import DocumentBlock, Hints, Incoming, Tokens, find_files, find_record, whole_pieces
 from tokenmill.interchange.output import ExportRecord, require_room
 from tokenmill.loading.data_root import Piece
+from tokenmill.progress import also_shown
 from tokenmill.recipe import DEFAULT_SHARD_SIZE, Recipe
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.pack import EmittedRows, ShardSlice, cut
@@ -91,6 +92,7 @@ def import_data(
     seq_len: int = 2048,
     shard_size: int = DEFAULT_SHARD_SIZE,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: bool = False,
 ) -> ImportReport:
     """Make a data root of files in the format of a trainer, or continue an earlier import.
 
@@ -105,6 +107,7 @@ def import_data(
         seq_len: tokens per training sample.
         shard_size: tokens per shard.
         on_progress: called with tokens read and, about, tokens to read.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         ImportDataError: the files are not of that format, or not whole; ids lie outside the vocabulary; documents do
@@ -139,7 +142,8 @@ def import_data(
             )
             was_complete = manifest.complete = False
             manifests.save(root, manifest)
-            _Importer(root, manifest, incoming, on_progress).run()
+            with also_shown(on_progress, wanted=progress, what="tokens") as tell:
+                _Importer(root, manifest, incoming, tell).run()
             balance(root, manifest)
             complete(root, manifest)
     return ImportReport(

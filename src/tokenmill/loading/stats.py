@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import MAX_IDS
 from tokenmill.errors import DataRootError, TokenizerError
 from tokenmill.loading.data_root import DataRoot, TokenStream
 from tokenmill.loading.provenance import open_backend
 from tokenmill.loading.view import OpenView, open_root
-from tokenmill.options import OnBytes
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from tokenmill.options import MAX_VALUES, OnBytes
+from tokenmill.recipe import SIDECAR_COLUMNS
 
 _CHUNK_TOKENS = 1 << 22
 _TOP = 20
@@ -35,6 +36,19 @@ class TokenCount(msgspec.Struct):
     count: int
     name: str | None
     """As the vocabulary writes it; None where the tokenizer is not at hand."""
+    text: str | None = None
+    """What it adds to a text; None for a part of a character, and where the tokenizer is not at hand."""
+
+
+class LengthBin(msgspec.Struct, array_like=True):
+    """Documents of about one length; written as `[low, high, documents, tokens]`."""
+
+    low: int
+    """Fewest tokens, EOS included."""
+    high: int
+    """One more than the most."""
+    documents: int
+    tokens: int
 
 
 class Duplicates(msgspec.Struct):
@@ -72,7 +86,18 @@ class Stats(msgspec.Struct, kw_only=True):
     documents: int | None
     document_tokens: dict[str, float] | None
     """Percentiles, EOS included, and the mean."""
+    document_histogram: list[LengthBin] | None
+    """Four bins for each doubling of the length."""
     tokens_by_source: dict[str, int] | None
+    """Of whole documents. Of a mixture, those of its data roots, whatever their weight."""
+    text_nbytes_by_source: dict[str, int] | None
+    """Bytes of the text, in UTF-8, that these tokens stand for; None where the tokenizer is not at hand."""
+    tokens_by_value: dict[str, dict[str, int] | None] | None
+    """Of each metadata column, tokens by its value; None for a column with more than `options.MAX_VALUES` of them."""
+    rank_frequency: list[tuple[int, int]]
+    """Ranks of tokens, the most frequent being 1, and how often that token occurs; about 30 to a factor of ten."""
+    control_tokens: list[TokenCount] | None
+    """Control tokens besides EOS and BOS that occur; None where the tokenizer is not at hand."""
     duplicates: Duplicates | None
     repeated_texts: RepeatedTexts | None
     """None where the sidecars have no hashes of text."""
@@ -91,7 +116,8 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
     counts = token_counts(stream.chunks(_CHUNK_TOKENS), stream.tokens, stream.dtype.itemsize, on_progress)
     used = np.flatnonzero(counts)
     frequent = used[np.argsort(counts[used], kind="stable")[::-1][:_TOP]]
-    lengths, by_source = _document_figures(found)
+    backend = _backend_of(found)
+    figures = _document_figures(found, backend, len(counts))
     tokens = int(counts.sum())  # without padding
     return Stats(
         tokens=tokens,
@@ -99,14 +125,16 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
         id_min=int(used[0]),
         id_max=int(used[-1]),
         id_mean=float(np.dot(counts, np.arange(len(counts), dtype=np.float64)) / tokens),
-        top=[
-            TokenCount(token, int(counts[token]), name)
-            for token, name in zip(frequent.tolist(), _names(found, frequent.tolist()), strict=True)
-        ],
+        top=_token_counts(frequent, counts, backend),
         vocab_size=found.tokenizer.vocab_size if found.tokenizer else None,
         documents=found.document_count,
-        document_tokens=lengths,
-        tokens_by_source=by_source,
+        document_tokens=figures.percentiles,
+        document_histogram=figures.histogram,
+        tokens_by_source=figures.tokens,
+        text_nbytes_by_source=figures.text_nbytes,
+        tokens_by_value=figures.by_value,
+        rank_frequency=_rank_frequency(counts),
+        control_tokens=_control_tokens(found, counts, backend),
         duplicates=_duplicates(found),
         repeated_texts=_repeated_texts(found),
     )
@@ -137,18 +165,115 @@ def token_counts(
     return counts
 
 
-def _document_figures(found: DataRoot | OpenView) -> tuple[dict[str, float] | None, dict[str, int] | None]:
+class _DocumentFigures(NamedTuple):
+    """What `Stats` says of documents; None where nothing is known of them."""
+
+    percentiles: dict[str, float] | None = None
+    histogram: list[LengthBin] | None = None
+    tokens: dict[str, int] | None = None
+    text_nbytes: dict[str, int] | None = None
+    by_value: dict[str, dict[str, int] | None] | None = None
+
+
+def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids: int) -> _DocumentFigures:
     if found.tokenizer is None:
-        return None, None
+        return _DocumentFigures()
     lengths: list[NDArray[np.int64]] = []
     by_source: Counter[str] = Counter()
-    for table in found.documents().tables():
+    by_value: dict[str, dict[str, int] | None] = {}
+    text_nbytes: Counter[str] = Counter()
+    nbytes_of = _nbytes_of_ids(found, backend, ids)
+    for table, stream in _tables(found):
         lengths.append(table["tokens"].to_numpy())
-        sums = table.group_by("source").aggregate([("tokens", "sum")])
-        by_source.update(dict(zip(sums["source"].to_pylist(), sums["tokens_sum"].to_pylist(), strict=True)))
+        by_source.update(_sums_by(table["source"], table["tokens"]))
+        if nbytes_of is not None:
+            text_nbytes.update(_sums_by(table["source"], pa.array(_text_nbytes(table, stream, nbytes_of))))
+        for column in table.column_names:
+            if column not in SIDECAR_COLUMNS and (before := by_value.setdefault(column, {})) is not None:
+                sums = Counter(before)
+                sums.update(_sums_by(table[column], table["tokens"]))
+                by_value[column] = dict(sums) if len(sums) <= MAX_VALUES else None
     every = np.concatenate(lengths)
-    figures = dict(zip(map(str, _PERCENTILES), np.percentile(every, _PERCENTILES).tolist(), strict=True))
-    return figures | {"mean": float(every.mean())}, dict(sorted(by_source.items()))
+    percentiles = dict(zip(map(str, _PERCENTILES), np.percentile(every, _PERCENTILES).tolist(), strict=True))
+    return _DocumentFigures(
+        percentiles | {"mean": float(every.mean())},
+        _histogram(every),
+        dict(sorted(by_source.items())),
+        dict(sorted(text_nbytes.items())) if nbytes_of is not None else None,
+        by_value,
+    )
+
+
+def _sums_by(keys: pa.ChunkedArray, values: pa.ChunkedArray | pa.Array) -> dict[str, int]:
+    """Return the sum of the values of each key; keys as JSON writes them, but for text, which stays as it is."""
+    sums = pa.table({"key": keys, "value": values}).group_by("key").aggregate([("value", "sum")])
+    names = (key if isinstance(key, str) else json.dumps(key) for key in sums["key"].to_pylist())
+    return dict(zip(names, sums["value_sum"].to_pylist(), strict=True))
+
+
+def _histogram(lengths: NDArray[np.int64]) -> list[LengthBin]:
+    """Count documents by length, in bins whose edges are powers of the fourth root of 2, rounded up."""
+    steps = int(np.ceil(np.log2(int(lengths.max()) + 1) * 4)) + 1
+    edges = np.unique(np.ceil(2 ** (np.arange(steps + 1) / 4)).astype(np.int64))
+    which = np.searchsorted(edges, lengths, side="right") - 1
+    documents = np.bincount(which, minlength=len(edges))
+    tokens = np.bincount(which, lengths, minlength=len(edges)).astype(np.int64)
+    columns = (edges[:-1], edges[1:], documents[:-1], tokens[:-1])
+    return [LengthBin(*row) for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
+
+
+def _nbytes_of_ids(found: DataRoot | OpenView, backend: HFBackend | None, ids: int) -> NDArray[np.int64] | None:
+    """Return the bytes of text that each id stands for, shape `(ids,)`; what surrounds documents is no text."""
+    recorded = found.tokenizer
+    if backend is None or recorded is None:
+        return None
+    nbytes = backend.nbytes_of(list(range(min(ids, recorded.vocab_size))))
+    nbytes = np.pad(nbytes, (0, ids - len(nbytes)))
+    framing = [recorded.eos_id, recorded.bos_id, *(recorded.fim_ids or ())]
+    nbytes[[token for token in framing if token is not None and token < ids]] = 0
+    return nbytes
+
+
+def _text_nbytes(table: pa.Table, stream: TokenStream, nbytes_of: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes of text of each document of a sidecar, shape `(documents,)`."""
+    starts = table["start"].to_numpy()
+    ends = np.minimum(starts + table["tokens"].to_numpy(), stream.tokens)
+    found = np.empty(len(starts), np.int64)
+    first = 0
+    while first < len(starts):
+        begin = int(starts[first])
+        last = max(first + 1, int(np.searchsorted(ends, begin + _CHUNK_TOKENS, side="right")))
+        sums = np.concatenate([[0], np.cumsum(nbytes_of[stream.read(begin, int(ends[last - 1]))])])
+        found[first:last] = sums[ends[first:last] - begin] - sums[starts[first:last] - begin]
+        first = last
+    return found
+
+
+def _rank_frequency(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
+    ranked = np.sort(counts[counts > 0])[::-1]
+    ranks = np.unique(np.round(10 ** np.arange(0, np.log10(len(ranked)) + 1 / 30, 1 / 30)).astype(np.int64))
+    ranks = np.unique(np.append(ranks[ranks <= len(ranked)], len(ranked)))
+    return list(zip(ranks.tolist(), ranked[ranks - 1].tolist(), strict=True))
+
+
+def _token_counts(ids: NDArray[np.int64], counts: NDArray[np.int64], backend: HFBackend | None) -> list[TokenCount]:
+    tokens = ids.tolist()
+    texts = backend.texts_of(tokens) if backend is not None else [None] * len(tokens)
+    return [
+        TokenCount(token, int(counts[token]), backend.name_of(token) if backend is not None else None, text)
+        for token, text in zip(tokens, texts, strict=True)
+    ]
+
+
+def _control_tokens(
+    found: DataRoot | OpenView, counts: NDArray[np.int64], backend: HFBackend | None
+) -> list[TokenCount] | None:
+    recorded = found.tokenizer
+    if backend is None or recorded is None:
+        return None
+    framing = {recorded.eos_id, recorded.bos_id, *(recorded.fim_ids or ())}
+    ids = [token for token in backend.control_ids() if token not in framing and token < len(counts) and counts[token]]
+    return _token_counts(np.array(sorted(ids, key=lambda token: -counts[token]), np.int64), counts, backend)
 
 
 def _tables(found: DataRoot | OpenView) -> Iterator[tuple[pa.Table, TokenStream]]:
@@ -180,15 +305,14 @@ def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
     return RepeatedTexts(texts=len(several), documents=sum(several) - len(several))
 
 
-def _names(found: DataRoot | OpenView, ids: list[int]) -> list[str | None]:
-    """Return tokens as the vocabulary writes them; figures are of use without it, too."""
+def _backend_of(found: DataRoot | OpenView) -> HFBackend | None:
+    """Return the reference backend; figures are of use without it, too."""
     if found.tokenizer is None:
-        return [None] * len(ids)
+        return None
     try:
-        backend = open_backend(found)
+        return open_backend(found)
     except TokenizerError:
-        return [None] * len(ids)
-    return [backend.name_of(token) for token in ids]
+        return None
 
 
 def _duplicates(found: DataRoot | OpenView) -> Duplicates | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from tokenmill.corpus.reader import Span
 from tokenmill.dataroot.manifest import Cursor, Manifest
 from tokenmill.errors import SourceChangedError
 from tokenmill.pipeline.executor import EncodingResult, Executor, SourceFilePlan, SpanToEncode
+from tokenmill.progress import OnProgress, Progress
 from tokenmill.shards.pack import cut
 from tokenmill.shards.reorder_buffer import ReorderBuffer
 
@@ -34,25 +35,6 @@ BATCHES_AHEAD = 1
 """Batches whose spans are found ahead of their being encoded."""
 BLOCK_ROWS = 16_384
 """Rows that are taken out of the reorder buffer at once."""
-
-
-class Progress(NamedTuple):
-    """How far a run is, to be shown."""
-
-    tokens: int
-    """Number of tokens of the data set, those of earlier runs included."""
-    documents: int
-    shard: int
-    """Index of the shard that is being written."""
-    waiting_nbytes: int
-    """Size of encoded tokens that wait for their turn in the order."""
-    retries: int
-    """Number of requests to a store that failed and were tried again."""
-    cluster: str = ""
-    """What the cluster is doing; empty without a cluster."""
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Lookahead(Iterator[T]):
@@ -182,14 +164,21 @@ class Driver:
         """Make the shards, up to the last."""
         self._executor.begin_shards()
         encoded = self._encoded()
+        again = self._again
+        self._report_phase("reading documents that wait in the shuffle" if again else "reading the first documents")
         while self._again > 0:
             batch, result = next(encoded)
             self._hold(batch, result)
             self._again -= len(batch.readings)
+            self._report_phase("reading documents that wait in the shuffle", again - self._again, again)
         self._emit(self._rest)
         for batch, result in encoded:
             self._hold(batch, result)
-            self._emit(self._order.push(batch.rows))
+            rows = self._order.push(batch.rows)
+            if not len(rows):
+                held = len(self._order.held())
+                self._report_phase("filling the shuffle", held, self._recipe.buffer_size)
+            self._emit(rows)
             if self._at_stop():
                 return
         self._emit(self._order.finish())
@@ -354,13 +343,17 @@ class Driver:
                 self._executor.count_rows(block.rows(row, len(block)))
 
     def _report(self, position: int) -> None:
-        self._on_progress(
-            Progress(
-                self._executor.tokens,
-                self._executor.documents,
-                position // self._recipe.shard_size,
-                self._buffer.nbytes,
-                self._executor.retries,
-                self._executor.describe(self._buffer.nbytes),
-            )
+        self._on_progress(self._progress(position))
+
+    def _report_phase(self, phase: str, done: int = 0, of: int = 0) -> None:
+        self._on_progress(self._progress(self._position)._replace(phase=phase, done=done, of=of))
+
+    def _progress(self, position: int) -> Progress:
+        return Progress(
+            self._executor.tokens,
+            self._executor.documents,
+            position // self._recipe.shard_size,
+            self._buffer.nbytes,
+            self._executor.retries,
+            self._executor.describe(self._buffer.nbytes),
         )

@@ -22,10 +22,10 @@ from tokenmill.encoding.tokenizer import load_tokenizer, with_special_tokens
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBadRows, StoreOptions
 from tokenmill.pipeline.cluster_engine import ClusterEngine
-from tokenmill.pipeline.driver import OnProgress
 from tokenmill.pipeline.growth import cut_short, find_new_files
 from tokenmill.pipeline.preflight import Preflight
 from tokenmill.pipeline.resume import refuse_inside, refuse_other, refuse_other_form
+from tokenmill.progress import OnProgress, Progress
 from tokenmill.recipe import Recipe, validate_recipe
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ class Job(NamedTuple):
     def keeps_shards(self) -> bool:
         """Whether shards stay in the data root."""
         return self.destination is None or self.options.keep_local
+
+    def enter_phase(self, phase: str) -> None:
+        """Report what the run does next."""
+        self.options.on_progress(Progress(self.manifest.tokens, self.manifest.documents, phase=phase))
 
 
 def find_inputs(

@@ -19,7 +19,7 @@ from tokenmill.dataroot.tokens_file import TokensFile, forget, reopen, require_d
 from tokenmill.encoding.encoder import ProbeError
 from tokenmill.options import OnBadRows, StoreOptions, available_cores
 from tokenmill.pipeline.cluster_engine import ClusterEngine
-from tokenmill.pipeline.driver import BATCH_ROWS, Driver, OnProgress
+from tokenmill.pipeline.driver import BATCH_ROWS, Driver
 from tokenmill.pipeline.executor import Executor
 from tokenmill.pipeline.job import Job, RunInputs, RunOptions, load_agreeing, open_destination
 from tokenmill.pipeline.local import ThreadExecutor
@@ -33,6 +33,7 @@ from tokenmill.pipeline.resume import (
     set_lost_aside,
 )
 from tokenmill.pipeline.summary import Made, Summary, summarize
+from tokenmill.progress import OnProgress, Progress, run_display
 from tokenmill.recipe import Recipe
 from tokenmill.shards import ledger
 from tokenmill.shards.recorder import Recorder
@@ -41,6 +42,7 @@ say = logging.getLogger("tokenmill.say")
 """What a user should see at once."""
 
 _NO_OPTIONS = StoreOptions()
+OnPlan = Callable[[Preflight], None]
 
 
 def plan(
@@ -84,7 +86,8 @@ def pretokenize(
     engine: ClusterEngine | None = None,
     only_new: Sequence[Path | str] = (),
     on_progress: OnProgress = lambda progress: None,
-    on_plan: Callable[[Preflight], None] = lambda plan: None,
+    on_plan: OnPlan = lambda plan: None,
+    progress: bool = False,
 ) -> Summary:
     """Make the data set of `recipe` in `root`, or continue an earlier run.
 
@@ -105,8 +108,9 @@ def pretokenize(
             must be on storage that all its machines share, unless shards do not stay there.
         only_new: earlier data roots of the same corpus: their files are left out. Which files are in is recorded, so
             that a run which continues takes the same.
-        on_progress: called from the driver's thread as rows are handed over for writing.
+        on_progress: called from the driver's thread as a phase begins and as rows are handed over for writing.
         on_plan: called once with the plan, before anything is made.
+        progress: show on standard error, or in the notebook, what the command line shows.
 
     Raises:
         TokenmillError: one of `errors.py`. Finished shards stay, and the same call continues after them.
@@ -115,32 +119,53 @@ def pretokenize(
     atomic.make_root(root)
     if engine is not None:
         workers = engine.workers
-    options = RunOptions(
-        workers or available_cores(),
-        span_rows,
-        consolidated,
-        id_scheme,
-        on_bad_rows,
-        store,
-        upload_to,
-        keep_local,
-        engine,
-        [Path(each) for each in only_new],
-        on_progress,
-        on_plan,
-    )
-    try:
-        return _pretokenize(recipe, root, tokenizer_backend, options)
-    except ProbeError as error:  # raised before anything is made
-        if tokenizer_backend != "auto":
-            raise
-        say.warning("%s; HF tokenizers encodes instead, about ten times slower", error.message)
-        return _pretokenize(recipe, root, "hf", options)
+    with _shown(on_progress, on_plan, progress=progress) as (show, show_plan):
+        options = RunOptions(
+            workers or available_cores(),
+            span_rows,
+            consolidated,
+            id_scheme,
+            on_bad_rows,
+            store,
+            upload_to,
+            keep_local,
+            engine,
+            [Path(each) for each in only_new],
+            show,
+            show_plan,
+        )
+        try:
+            return _pretokenize(recipe, root, tokenizer_backend, options)
+        except ProbeError as error:  # raised before anything is made
+            if tokenizer_backend != "auto":
+                raise
+            say.warning("%s; HF tokenizers encodes instead, about ten times slower", error.message)
+            return _pretokenize(recipe, root, "hf", options)
+
+
+@contextlib.contextmanager
+def _shown(on_progress: OnProgress, on_plan: OnPlan, *, progress: bool) -> Iterator[tuple[OnProgress, OnPlan]]:
+    """Show progress, if wanted, besides telling the caller of it."""
+    if not progress:
+        yield on_progress, on_plan
+        return
+    with run_display() as shown:
+
+        def tell(now: Progress) -> None:
+            shown.show(now)
+            on_progress(now)
+
+        def tell_plan(plan: Preflight) -> None:
+            shown.expect(plan.tokens)
+            on_plan(plan)
+
+        yield tell, tell_plan
 
 
 def _pretokenize(recipe: Recipe, root: Path, tokenizer_backend: str, options: RunOptions) -> Summary:
     started = time.monotonic()
     consolidated = options.consolidated
+    options.on_progress(Progress(phase="looking at the corpus and the tokenizer"))
     with lock_data_root(root), _hold_on_cluster(root, options):
         begun, inputs = load_agreeing(
             recipe, root, tokenizer_backend, options.store, consolidated=consolidated, only_new=options.only_new
@@ -158,6 +183,8 @@ def _pretokenize(recipe: Recipe, root: Path, tokenizer_backend: str, options: Ru
             refuse_lost_sidecars(root, manifest)
             return summarize(job, "already complete", manifest.tokens, started, proof=prove(root, record, manifest))
         was_sent = job.destination.sender.was_sent if job.destination else lambda name: False
+        if begun is not None:
+            job.enter_phase("checking what an earlier run made")
         remade = set_damaged_aside(root, manifest, was_sent)
         done, made, status = manifest.tokens, None, "already complete"
         if manifest.complete and not remade:
@@ -165,8 +192,7 @@ def _pretokenize(recipe: Recipe, root: Path, tokenizer_backend: str, options: Ru
             manifests.save_if_changed(root, manifest)  # modification times, if the root was copied
         else:
             made, status = _make(job, None), "complete"
-        if job.destination is not None:
-            job.destination.send_all()
+        _send(job)
         return summarize(job, status, done, started, made=made, remade=remade)
 
 
@@ -193,8 +219,7 @@ def _pretokenize_consolidated(job: Job, started: float) -> Summary:
     )
     is_done = manifest.complete and before is not None and is_whole(root, before) and before.settings == wanted.settings
     if is_done and before is not None and not damaged_sidecars(root, manifest):
-        if job.destination is not None:
-            job.destination.send_all()
+        _send(job)
         return summarize(job, "already complete", manifest.tokens, started, proof=prove(root, before, manifest))
     manifests.save_consolidated(root, wanted)
     reopen(root)
@@ -207,19 +232,27 @@ def _pretokenize_consolidated(job: Job, started: float) -> Summary:
         if remade or not manifest.complete:
             made, status = _make(job, file), "complete"
         require_defined(wanted.id_scheme, file.nbytes)
+        job.enter_phase("finishing the sample ids and digests")
         proof = prove(root, file.seal(), manifest)
         if proof.passed:
             file.publish()
     if proof.passed:
         manifests.save_consolidated(root, proof.record)
-        if job.destination is not None:
-            job.destination.send_all()
+        _send(job)
     return summarize(job, status, done, started, made=made, remade=remade, proof=proof)
+
+
+def _send(job: Job) -> None:
+    """Send what the bucket lacks, if the data set goes to one."""
+    if job.destination is not None:
+        job.enter_phase("sending what the bucket lacks")
+        job.destination.send_all()
 
 
 def _make(job: Job, file: TokensFile | None) -> Made:
     """Make what the manifest does not prove."""
     job.manifest.complete = False
+    job.enter_phase("checking the tokenizer, the plan and the disk")
     # The checks take as long as loading the reference backend does: the first spans are encoded meanwhile.
     with ThreadPoolExecutor(1, thread_name_prefix="check") as aside:
         checks = aside.submit(_check, job)
@@ -263,6 +296,8 @@ def _make_shards(job: Job, file: TokensFile | None, *, before_writing: Callable[
             if number:
                 driver.start()
             driver.run()
+        finishing = Progress(executor.tokens, executor.documents, phase="finishing the last shards")
+        job.options.on_progress(finishing)
         executor.finish()
     except BaseException:
         corpus.close()

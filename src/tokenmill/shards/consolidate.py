@@ -25,6 +25,7 @@ from tokenmill.dataroot.proof import DEFAULT_SEQ_LEN, Check, Proof, choose_schem
 from tokenmill.dataroot.tokens_file import CHUNK_NBYTES, TokensFile, reopen, require_defined
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBytes
+from tokenmill.progress import also_shown
 
 log = logging.getLogger("tokenmill")
 
@@ -59,6 +60,7 @@ def consolidate(
     published: str | None = None,
     workers: int | None = None,
     on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
 ) -> ConsolidationReport:
     """Make `tokens.bin` and `sample_ids.bin` from the shards of a data root, or continue an earlier run.
 
@@ -72,6 +74,7 @@ def consolidate(
         published: without a manifest, the built-in recipe whose published digests must be met.
         workers: processes that make sample ids; None takes the cores, at most 4.
         on_progress: called as bytes are done.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         DataRootError: nothing to consolidate, shards that do not belong together, or files of another data set.
@@ -97,7 +100,8 @@ def consolidate(
         job = Consolidation(root, manifest, shards, wanted, validate=validate, published=published)
         if record is not None and _is_done(root, record, wanted) and not (consume and job.has_shards):
             return job.report("already complete", job.prove(record), started)
-        return job.run(consume=consume, workers=workers, on_progress=on_progress, started=started)
+        with also_shown(on_progress, wanted=progress) as tell:
+            return job.run(consume=consume, workers=workers, on_progress=tell, started=started)
 
 
 def _settle(

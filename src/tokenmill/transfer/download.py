@@ -26,6 +26,7 @@ from tokenmill.dataroot.manifest import Consolidated, Manifest, Record
 from tokenmill.dataroot.view_record import ViewRecord, load_view
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBytes, StoreOptions
+from tokenmill.progress import also_shown
 from tokenmill.remote.etag import ETagHasher
 from tokenmill.transfer.journal import Journal
 from tokenmill.transfer.selection import (
@@ -63,6 +64,7 @@ def download(
     store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     dry_run: bool = False,
     on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
 ) -> TransferReport:
     """Bring the files at `source` that are missing or different in `root`.
 
@@ -73,12 +75,14 @@ def download(
         store: how to reach the bucket.
         dry_run: only say what would travel.
         on_progress: called with bytes that travelled and bytes that are to.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         StorageError: a file cannot be had, or its bytes are wrong.
         DataRootError: `root` holds another data set, or is in use.
     """
-    return bring(open_store(source, store), Path(root), selection, dry_run=dry_run, on_progress=on_progress)
+    with also_shown(on_progress, wanted=progress) as tell:
+        return bring(open_store(source, store), Path(root), selection, dry_run=dry_run, on_progress=tell)
 
 
 def bring(

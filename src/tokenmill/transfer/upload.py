@@ -19,6 +19,7 @@ from tokenmill.dataroot import layout
 from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.errors import DataRootError, StorageError
 from tokenmill.options import OnBytes, StoreOptions
+from tokenmill.progress import also_shown
 from tokenmill.remote.etag import ETagHasher, md5_etag, parts_etag
 from tokenmill.remote.retry import AnswerError, ChangedError, TransientError
 from tokenmill.remote.s3 import S3Object, UploadedPart
@@ -64,6 +65,7 @@ def upload(
     store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     dry_run: bool = False,
     on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
 ) -> TransferReport:
     """Bring the files of the data root that are missing or different at `target` there.
 
@@ -74,12 +76,14 @@ def upload(
         store: how to reach the bucket.
         dry_run: only say what would travel.
         on_progress: called with bytes that travelled and bytes that are to.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         StorageError: the store refuses, or says it received other bytes.
         DataRootError: a file is not the one the manifest records, is missing, or the root is in use.
     """
-    return send(Path(root), open_store(target, store), selection, dry_run=dry_run, on_progress=on_progress)
+    with also_shown(on_progress, wanted=progress) as tell:
+        return send(Path(root), open_store(target, store), selection, dry_run=dry_run, on_progress=tell)
 
 
 def send(

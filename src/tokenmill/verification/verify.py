@@ -15,6 +15,7 @@ from tokenmill.dataroot import layout
 from tokenmill.dataroot.view_record import ViewRecord, load_view
 from tokenmill.errors import DataRootError
 from tokenmill.options import OnBytes, StoreOptions, available_cores
+from tokenmill.progress import also_shown
 from tokenmill.redact import escape_surrogates
 from tokenmill.verification.deep import verify_deep
 from tokenmill.verification.documents import DocumentChecks
@@ -51,6 +52,7 @@ def verify(
     store: StoreOptions = StoreOptions(),  # noqa: B008  # immutable
     workers: int | None = None,
     on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
 ) -> Verification:
     """Compare every byte of a finished data root with what its records say; of a view, its index and its sources.
 
@@ -63,11 +65,24 @@ def verify(
         store: how to reach a corpus that is not local.
         workers: threads; None takes every core.
         on_progress: called with bytes read and bytes to read.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         DataRootError: nothing is recorded of the data root, or a record cannot be read.
         SourceError, TokenizerError: `deep` needs the corpus or the tokenizer, and cannot have it.
     """
+    if progress:
+        with also_shown(on_progress, wanted=True) as tell:
+            return verify(
+                root,
+                quick=quick,
+                deep=deep,
+                dataset=dataset,
+                tokenizer=tokenizer,
+                store=store,
+                workers=workers,
+                on_progress=tell,
+            )
     started = time.monotonic()
     view = load_view(Path(root)) if Path(root).is_dir() else None
     if view is not None:

@@ -20,6 +20,7 @@ from tokenmill.dataroot.lock import lock_data_root
 from tokenmill.dataroot.view_record import Packing, SourceRecord, ViewRecord, load_view, pin_of
 from tokenmill.errors import DataRootError, RecipeError
 from tokenmill.loading.view import check_index
+from tokenmill.progress import also_shown
 from tokenmill.views.catalogue import Catalogue
 from tokenmill.views.choice import (
     DUPLICATE,
@@ -301,9 +302,9 @@ def _merged(spec: ViewSpec, same: list[SameData]) -> tuple[ViewSpec, list[str]]:
 
 
 def build_view(
-    spec: ViewSpec, folder: Path, *, on_progress: OnDocuments = lambda done, total: None
+    spec: ViewSpec, folder: Path, *, on_progress: OnDocuments = lambda done, total: None, progress: bool = False
 ) -> tuple[Built, bool]:
-    """Store a view in a directory; whether it was there already.
+    """Store a view in a directory; whether it was there already. `progress` shows it, as the command line does.
 
     Raises:
         RecipeError, DataRootError: as `plan_view`; also, the directory holds something else.
@@ -315,7 +316,8 @@ def build_view(
             f"{folder}: {other} is there: expected an empty directory for the view",
             next_step="choose another directory",
         )
-    built = plan_view(spec, on_progress=on_progress)
+    with also_shown(on_progress, wanted=progress, what="documents") as tell:
+        built = plan_view(spec, on_progress=tell)
     for source in built.record.sources:
         source.root = _from(folder, source.root)
     record, files = built.record, _index_files(built)

@@ -1,19 +1,20 @@
-"""Report: results → lines of text for a person. Pure."""
+"""Wording: results → lines of text for a person. Pure."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
 
-from tokenmill.cli.progress import count, duration
 from tokenmill.dataroot.layout import SAMPLE_IDS, SCHEDULE_PERIOD, SKIPPED, TOKENS
+from tokenmill.options import MAX_VALUES
+from tokenmill.progress import count, duration
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from tokenmill.cli.first_shard import ShardStatistics
-    from tokenmill.dataroot.manifest import Consolidated
+    from tokenmill.dataroot.manifest import Consolidated, FileLedger
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
     from tokenmill.interchange.export import ExportReport
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.loading.info import Info
     from tokenmill.loading.order_quality import OrderQuality
     from tokenmill.loading.provenance import DocumentSlice, Provenance, Sample, Samples, Token
-    from tokenmill.loading.stats import Stats
+    from tokenmill.loading.stats import Stats, TokenCount
     from tokenmill.pipeline.job import RunInputs
     from tokenmill.pipeline.preflight import Preflight
     from tokenmill.pipeline.summary import Summary
@@ -241,7 +242,7 @@ def _plural(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def info_lines(found: Info) -> list[str]:
+def info_lines(found: Info, *, every: bool = False) -> list[str]:
     """Describe a data root at a glance."""
     lines = {
         "data root": f"{found.root}: {'complete' if found.complete else 'NOT complete'}, stored as "
@@ -273,18 +274,36 @@ def info_lines(found: Info) -> list[str]:
             "",
             f"{'rows':>12} {'documents':>12} {'null':>9} {'empty':>9} {'special':>9} {'unused':>9}  source file",
         ]
-        shown += [
-            f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}  {e.path}"
-            for e in found.ledger
-        ]
+        ledger = {entry.path: entry for entry in found.ledger}
+        names, _ = _largest({path: entry.rows for path, entry in ledger.items()}, every=every)
+        shown += [_ledger_line(ledger[name]) for name in names]
+        if len(names) < len(ledger):
+            shown.append(_ledger_line(_sum_of(found.ledger, f"all {len(ledger):,} files; --all lists them")))
     if found.shards:
         shown += ["", f"{'tokens':>15} {'documents':>12}  {'sha256':<64}  shard"]
-        shown += [f"{s.tokens:>15,} {s.documents:>12,}  {s.sha256}  {s.name}" for s in found.shards]
+        few = found.shards if every else found.shards[:MOST_ROWS]
+        shown += [f"{s.tokens:>15,} {s.documents:>12,}  {s.sha256}  {s.name}" for s in few]
+        if len(few) < len(found.shards):
+            documents = sum(shard.documents for shard in found.shards)
+            of_all = f"{'':<64}  all {len(found.shards):,} shards; --all lists them"
+            shown.append(f"{found.tokens:>15,} {documents:>12,}  {of_all}")
     if found.consolidated is not None and found.consolidated.complete:
         shown += ["", *file_lines(found.consolidated)]
     if found.elsewhere:
         shown += ["", *elsewhere_lines(found.elsewhere)]
     return shown
+
+
+def _ledger_line(e: FileLedger) -> str:
+    return f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}  {e.path}"
+
+
+def _sum_of(entries: Sequence[FileLedger], name: str) -> FileLedger:
+    return type(entries[0])(
+        name,
+        *(sum(getattr(entry, field) for entry in entries) for field in ("rows", "documents", "null", "empty")),
+        *(sum(getattr(entry, field) for entry in entries) for field in ("special", "unused", "bad")),
+    )
 
 
 def place_lines(place: Provenance) -> list[str]:
@@ -327,11 +346,35 @@ _COLOURS = ("\x1b[97;48;5;236m", "\x1b[97;48;5;24m")
 _PLAIN = "\x1b[0m"
 
 
-def sample_lines(found: Sample, *, colour: bool) -> list[str]:
+def plain_lines(found: Sample, limit: int | None) -> list[str]:
+    """Return the text alone, document after document, without bounds of tokens."""
+    lines: list[str] = []
+    for tokens in _tokens_of(found, limit):
+        lines += [*([""] if lines else []), *_printable("".join(token.text for token in tokens)).split("\n")]
+    return lines
+
+
+def _tokens_of(found: Sample, limit: int | None) -> list[list[Token]]:
+    """Return the tokens of each document of a sample, the first `limit` of all."""
+    begin = found.place.begin
+    end = found.place.end if limit is None else min(found.place.end, begin + limit)
+    parts = [part for part in found.place.documents if part.begin < end]
+    return [found.tokens[part.begin - begin : min(part.end, end) - begin] for part in parts]
+
+
+def _rest_lines(found: Sample, limit: int | None) -> list[str]:
+    more = len(found.tokens) - limit if limit is not None else 0
+    return ["", f"\u2500\u2500 {_plural(more, 'token')} more \u2500\u2500"] if more > 0 else []
+
+
+def sample_lines(found: Sample, *, colour: bool, limit: int | None = None) -> list[str]:
     """Return the text with the bounds of its tokens: shades on a terminal, bars elsewhere."""
     lines = place_lines(found.place)[:1]
+    shown = _tokens_of(found, limit)
     for part, original in zip(found.place.documents, found.originals, strict=True):
-        tokens = found.tokens[part.begin - found.place.begin : part.end - found.place.begin]
+        if not shown:
+            break
+        tokens = shown.pop(0)
         lines += ["", f"\u2500\u2500 {_origin(part)} \u2500\u2500", *_bounded(tokens, colour).split("\n")]
         if original is not None:
             lines += [
@@ -339,7 +382,7 @@ def sample_lines(found: Sample, *, colour: bool) -> list[str]:
                 "\u2500\u2500 its text before it was taken apart \u2500\u2500",
                 *_printable(original).split("\n"),
             ]
-    return lines + _padding_lines(found)
+    return lines + (_rest_lines(found, limit) or _padding_lines(found))
 
 
 def _padding_lines(found: Sample) -> list[str]:
@@ -364,31 +407,43 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def token_lines(found: Sample) -> list[str]:
+def token_lines(found: Sample, limit: int | None = None) -> list[str]:
     """Return a line for every token."""
     lines = place_lines(found.place)[:1]
-    for part in found.place.documents:
+    for part, tokens in zip(found.place.documents, _tokens_of(found, limit), strict=False):  # the rest is not shown
         lines += ["", _origin(part), f"{'token':>15} {'id':>8}  text"]
-        for at in range(part.begin, part.end):
-            token = found.tokens[at - found.place.begin]
-            lines.append(f"{at:>15,} {token.id:>8}  {token.text!r}")
-    return lines + _padding_lines(found)
+        lines += [f"{at:>15,} {token.id:>8}  {token.text!r}" for at, token in enumerate(tokens, part.begin)]
+    return lines + (_rest_lines(found, limit) or _padding_lines(found))
 
 
-def stats_lines(found: Stats) -> list[str]:
+MOST_ROWS = 20
+"""Rows of a table, unless `--all` asks for all."""
+
+
+def _largest(sizes: Mapping[str, int], *, every: bool) -> tuple[list[str], str]:
+    """Return the names of the largest, and what to say of the others."""
+    names = list(sizes)
+    if every or len(names) <= MOST_ROWS:
+        return names, ""
+    names = sorted(names, key=lambda name: -sizes[name])
+    rest = sum(sizes[name] for name in names[MOST_ROWS:])
+    return names[:MOST_ROWS], f"{rest:>15,}  in {len(names) - MOST_ROWS:,} more; --all lists them"
+
+
+def _token(token: TokenCount) -> str:
+    """Return a token as its text, which spaces and line ends are visible in; its name where it has no text."""
+    shown = f"{token.text!r}" if token.text else f"{token.name or token.id}"
+    return f"{shown}"
+
+
+def stats_lines(found: Stats, *, every: bool = False) -> list[str]:
     """Describe statistics at a glance."""
     vocabulary = f" of {found.vocab_size:,}" if found.vocab_size else ""
     lines = [
         f"tokens        {found.tokens:,}",
         f"ids           {found.distinct_ids:,} different{vocabulary}, {found.id_min} to {found.id_max}, "
         f"mean {found.id_mean:.1f}",
-        "most frequent "
-        + ", ".join(
-            f"{token.name!r} {token.count / found.tokens:.2%}"
-            if token.name is not None
-            else f"{token.id} {token.count / found.tokens:.2%}"
-            for token in found.top[:10]
-        ),
+        "most frequent " + ", ".join(f"{_token(token)} {token.count / found.tokens:.2%}" for token in found.top[:10]),
     ]
     if found.document_tokens is not None:
         figures = "  ".join(
@@ -408,10 +463,26 @@ def stats_lines(found: Stats) -> list[str]:
         lines += [f"              samples {', '.join(map(str, samples[:10]))}" for samples in same.first]
         if same.without_tokens:
             lines.append(f"              {same.without_tokens:,} ids cover no tokens (templar-v1)")
+    if found.control_tokens:
+        lines.append("control       " + ", ".join(f"{_token(token)} {token.count:,}" for token in found.control_tokens))
     if found.tokens_by_source is not None:
-        lines += ["", f"{'tokens':>15}  source file"]
-        lines += [f"{tokens:>15,}  {source}" for source, tokens in found.tokens_by_source.items()]
+        lines += _tokens_lines("source file", found.tokens_by_source, found.text_nbytes_by_source or {}, every=every)
+    for column, values in (found.tokens_by_value or {}).items():
+        if values is None:
+            lines += ["", f"{column}: more than {MAX_VALUES:,} different values"]
+        else:
+            lines += _tokens_lines(column, values, {}, every=every)
     return lines
+
+
+def _tokens_lines(what: str, tokens: Mapping[str, int], text_nbytes: Mapping[str, int], *, every: bool) -> list[str]:
+    names, rest = _largest(tokens, every=every)
+    per_token = f"{'bytes per token':>17}" if text_nbytes else ""
+    lines = ["", f"{'tokens':>15}{per_token}  {what}"]
+    for name in names:
+        ratio = f"{text_nbytes[name] / max(1, tokens[name]):>17.3f}" if text_nbytes else ""
+        lines.append(f"{tokens[name]:>15,}{ratio}  {name}")
+    return lines + ([rest] if rest else [])
 
 
 def order_lines(quality: OrderQuality) -> list[str]:
