@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "src" / "tokenmill"
 
 LAYERS = (
     "cli",
-    "ray | torch | interchange",
+    "ray | torch | interchange | reporting",
     "pipeline | verification | views",
     "shards | loading",
     "encoding | transfer",
@@ -124,6 +124,9 @@ def test_each_special_dependency_has_one_home() -> None:
         "tenacity": "remote/retry.py",
         "filelock": "dataroot/lock.py",
         "rich": "progress.py",
+        "altair": "reporting/charts.py",
+        "vl_convert": "reporting/charts.py",
+        "jinja2": "reporting/page.py",
         "torch": "torch.py",
         "ray": "ray.py",
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokenmill.pipeline.summary import Summary as Summary
     from tokenmill.recipe import Recipe as Recipe
     from tokenmill.recipe import load_recipe as load_recipe
+    from tokenmill.reporting.report import report as report
     from tokenmill.shards.consolidate import consolidate as consolidate
     from tokenmill.shards.consolidate import consolidate as merge
     from tokenmill.transfer.download import download as download
@@ -74,6 +75,7 @@ _HOMES = {
     "plan_view": "views.build",
     "pretokenize": "pipeline.pretokenize",
     "prove_disjoint": "views.disjoint",
+    "report": "reporting.report",
     "upload": "transfer.upload",
     "verify": "verification.verify",
 }
@@ -109,6 +111,7 @@ __all__ = [
     "plan_view",
     "pretokenize",
     "prove_disjoint",
+    "report",
     "tokenize",
     "upload",
     "verify",

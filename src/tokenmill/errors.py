@@ -48,6 +48,12 @@ class QueryError(TokenmillError):
     exit_code = 2
 
 
+class ExtraError(TokenmillError):
+    """A library that only some commands need is not installed: install the extra."""
+
+    exit_code = 2
+
+
 class ReceiptError(TokenmillError):
     """Not a receipt: give another file."""
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tokenmill.cli import inspect, interchange, make, transfer, verify, view, watch
+from tokenmill.cli import inspect, interchange, make, report, transfer, verify, view, watch
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
 
@@ -101,6 +101,7 @@ for _command in (
     inspect.where,
     inspect.stats,
     inspect.receipts,
+    report.report,
     view.view,
     interchange.export,
     interchange.import_,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
-from tokenmill.loading.documents import DocumentPart
-from tokenmill.loading.view import OpenView, open_root
+from tokenmill.loading.documents import DocumentIndex, DocumentPart
+from tokenmill.loading.view import OpenView, ViewDocuments, open_root
 
 _MOST_LISTED = 10
 """Samples with the same id."""
@@ -61,7 +62,7 @@ def where_sample(root: Path, sample: int) -> Provenance:
     """
     found = open_root(root)
     begin, end = _sample_tokens(found, sample)
-    return Provenance(sample, _id_of(found, sample), begin, end, _document_slices(found, begin, end))
+    return Provenance(sample, _id_of(found, sample), begin, end, _document_slices(found.documents(), begin, end))
 
 
 def where_token(root: Path, token: int) -> Provenance:
@@ -76,7 +77,7 @@ def where_range(root: Path, begin: int, end: int) -> Provenance:
     sample = begin // found.seq_len
     is_inside = (end - 1) // found.seq_len == sample < found.tokens().tokens // found.seq_len
     number, name = (sample, _id_of(found, sample)) if is_inside else (None, None)
-    return Provenance(number, name, begin, end, _document_slices(found, begin, end))
+    return Provenance(number, name, begin, end, _document_slices(found.documents(), begin, end))
 
 
 def where_sample_id(root: Path, sample_id: str) -> list[Provenance]:
@@ -158,15 +159,27 @@ def show(root: Path, sample: int) -> Sample:
         TokenizerError: the tokenizer is not at hand, or is not the one that made the tokens.
         DataRootError: the data root has no manifest, or is not finished.
     """
-    found = open_root(root)
-    place = where_sample(root, sample)
-    tokens = found.tokens().read(place.begin, place.end).tolist()
-    backend = open_backend(found)
-    documents = [tokens[part.begin - place.begin : part.end - place.begin] for part in place.documents]
-    pieces = [piece for ids in documents for piece in backend.pieces(ids)]
-    pieces += [""] * (len(tokens) - len(pieces))  # padding
-    originals = tuple(_original(found, backend, part) for part in place.documents)
-    return Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)], originals)
+    (shown,) = show_samples(open_root(root), [sample])
+    return shown
+
+
+def show_samples(found: DataRoot | OpenView, samples: Sequence[int], *, limit: int | None = None) -> Iterator[Sample]:
+    """Yield the text of samples, of each the first `limit` tokens; in ascending order they are found fastest.
+
+    Raises:
+        QueryError, TokenizerError, DataRootError: as `show`.
+    """
+    stream, index, backend = found.tokens(), found.documents(), open_backend(found)
+    for sample in samples:
+        begin, end = _sample_tokens(found, sample)
+        end = end if limit is None else min(end, begin + limit)
+        place = Provenance(sample, _id_of(found, sample), begin, end, _document_slices(index, begin, end))
+        tokens = stream.read(begin, end).tolist()
+        documents = [tokens[part.begin - begin : part.end - begin] for part in place.documents]
+        pieces = [piece for ids in documents for piece in backend.pieces(ids)]
+        pieces += [""] * (len(tokens) - len(pieces))  # padding
+        originals = tuple(_original(found, backend, part) for part in place.documents)
+        yield Sample(place, [Token(*both) for both in zip(tokens, pieces, strict=True)], originals)
 
 
 def _original(found: DataRoot | OpenView, backend: HFBackend, part: DocumentSlice) -> str | None:
@@ -222,7 +235,7 @@ def _readable(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[DocumentSlice]:
+def _document_slices(index: DocumentIndex | ViewDocuments, begin: int, end: int) -> list[DocumentSlice]:
     def slice_of(part: DocumentPart) -> DocumentSlice:
         document, first, last = part
         return DocumentSlice(
@@ -237,4 +250,4 @@ def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[D
             {name: _readable(value) for name, value in document.metadata.items()},
         )
 
-    return [slice_of(part) for part in found.documents().parts_between(begin, end)]
+    return [slice_of(part) for part in index.parts_between(begin, end)]

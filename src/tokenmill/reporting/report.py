@@ -1,0 +1,57 @@
+"""Report: a data root or a view → one HTML file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.dataroot import atomic
+from tokenmill.errors import ExtraError
+from tokenmill.options import OnBytes
+from tokenmill.progress import also_shown
+from tokenmill.reporting.figures import figures
+
+
+class ReportSummary(msgspec.Struct):
+    """What `report` wrote."""
+
+    path: str
+    nbytes: int
+    seconds: float
+
+
+def report(
+    root: Path | str,
+    output: Path | str = "report.html",
+    *,
+    on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
+) -> ReportSummary:
+    """Write one self-contained HTML page that shows a finished data root or a view.
+
+    Args:
+        root: the data root or view.
+        output: the file; replaced if it exists, whole or not at all.
+        on_progress: called with bytes of tokens read and bytes to read.
+        progress: show it on standard error, or in the notebook, as the command line does.
+
+    Raises:
+        DataRootError: the data set is not finished.
+        ExtraError: the extra `report` is not installed.
+        StorageError: the file cannot be written.
+    """
+    started = time.monotonic()
+    try:
+        from tokenmill.reporting.page import page
+    except ImportError as error:
+        raise ExtraError(
+            f"a report needs the extra report: {error}", next_step="run: pip install 'tokenmill[report]'"
+        ) from None
+    with also_shown(on_progress, wanted=progress) as tell:
+        found = figures(Path(root), on_progress=tell)
+    data = page(found).encode("utf-8", "backslashreplace")
+    path = Path(output)
+    atomic.write_whole(path, data)
+    return ReportSummary(str(path), len(data), round(time.monotonic() - started, 3))
