@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,7 @@ def file_numbers(table: pa.Table, numbers: Mapping[str, int]) -> NDArray[np.int6
 
 
 class DocumentIndex:
-    """Finds documents by the tokens they hold, from the sidecars; one sidecar is in memory at a time."""
+    """Finds documents by the tokens they hold, from the sidecars; one row group of one is in memory at a time."""
 
     def __init__(self, root: Path, manifest: Manifest, seq_len: int) -> None:
         if not manifest.shards:
@@ -86,26 +87,42 @@ class DocumentIndex:
         self._tokens, self._seq_len = manifest.tokens, seq_len
         self._shard_size = manifest.recipe.shard_size
         self._schema = documents_schema(manifest)
-        self._read: tuple[int, pa.Table] | None = None
+        self._read: tuple[tuple[int, int], pa.Table] | None = None
+        """Shard, row group, and its documents."""
+        self._groups: dict[int, NDArray[np.int64]] = {}
+        """Where each row group of a sidecar begins, and the end."""
         self._starts: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
 
     def between(self, begin: int, end: int) -> list[Document]:
         """Return the documents that hold tokens `begin` to `end`, in order."""
+        shard, first = self._find(begin)
         found: list[Document] = []
-        shard = min(begin // self._shard_size, len(self._shards) - 1)
-        # The document that holds the first token may have begun shards ago.
-        while shard > 0 and not self._starts_by(shard, begin):
-            shard -= 1
-        while shard < len(self._shards) and shard * self._shard_size < end:
-            table = self.sidecar(shard)
-            starts = table["start"].to_numpy()
-            ends = starts + table["tokens"].to_numpy()
-            inside = np.flatnonzero((starts < end) & (ends > begin))
-            if len(inside):
-                found += documents_of(table.slice(int(inside[0]), len(inside)))
-            shard += 1
-        return found
+        while shard < len(self._shards):
+            starts = self._starts_of(shard)
+            last = int(np.searchsorted(starts, end))
+            for table in self._rows(shard, first, last):
+                found += documents_of(table)
+            if last < len(starts):
+                break
+            shard, first = shard + 1, 0
+        return [document for document in found if document.start + document.tokens > begin]
+
+    def at_tokens(self, tokens: NDArray[np.int64]) -> list[Document]:
+        """Return the documents that hold some tokens, in their order; each part of a sidecar is read once."""
+        places = [self._find(token) for token in tokens.tolist()]
+        found: dict[tuple[int, int], Document] = {}
+        for shard, row in sorted(set(places)):
+            (table,) = self._rows(shard, row, row + 1)
+            (found[shard, row],) = documents_of(table)
+        return [found[place] for place in places]
+
+    def _find(self, token: int) -> tuple[int, int]:
+        """Return the shard in whose sidecar the document is that holds a token, and its row there."""
+        shard = min(token // self._shard_size, len(self._shards) - 1)
+        while (row := int(np.searchsorted(self._starts_of(shard), token, side="right")) - 1) < 0 and shard > 0:
+            shard -= 1  # it began shards ago
+        return shard, max(0, row)
 
     def parts_between(self, begin: int, end: int) -> list[DocumentPart]:
         """Return the documents that hold tokens `begin` to `end`, in order, and which of these they hold."""
@@ -114,9 +131,9 @@ class DocumentIndex:
             for each in self.between(begin, end)
         ]
 
-    def _starts_by(self, shard: int, token: int) -> bool:
-        starts = self.sidecar(shard)["start"]
-        return len(starts) > 0 and starts[0].as_py() <= token
+    def parts_of(self, stretches: Sequence[tuple[int, int]]) -> list[list[DocumentPart]]:
+        """Return the same of many stretches; in ascending order they are found fastest."""
+        return [self.parts_between(begin, end) for begin, end in stretches]
 
     def starts_between(self, begin: int, end: int) -> NDArray[np.int64]:
         """Return the tokens from `begin` to before `end` at which a document starts, in order.
@@ -158,7 +175,8 @@ class DocumentIndex:
         """Return a document by its number in the stream."""
         for shard, record in enumerate(self._shards):
             if number < record.documents:
-                return documents_of(self.sidecar(shard).slice(number, 1))[0]
+                (table,) = self._rows(shard, number, number + 1)
+                return documents_of(table)[0]
             number -= record.documents
         raise IndexError(number)
 
@@ -176,29 +194,64 @@ class DocumentIndex:
         return None
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield the sidecar of each shard, in order."""
+        """Yield the documents of all sidecars in order, a row group at a time."""
         for shard in range(len(self._shards)):
-            yield self._table(shard)
+            with self._opened(shard) as file:
+                for group in range(file.num_row_groups):
+                    yield self._checked(file.read_row_group(group, use_threads=False), self._schema)
 
     def sidecar(self, shard: int) -> pa.Table:
         """Return the documents that start in a shard, in the columns of `dataroot.sidecar`."""
-        if self._read is None or self._read[0] != shard:
-            self._read = shard, self._table(shard)
-        return self._read[1]
+        return self._table(shard)
 
-    def _table(self, shard: int, *, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    def _rows(self, shard: int, first: int, end: int) -> Iterator[pa.Table]:
+        """Yield the rows `first` to before `end` of a sidecar; the row group that was read last stays in memory."""
+        if first >= end:
+            return
+        if shard not in self._groups:
+            with self._opened(shard) as file:
+                rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._groups[shard] = np.cumsum([0, *rows])
+        bounds = self._groups[shard]
+        for group in range(int(np.searchsorted(bounds, first, side="right")) - 1, int(np.searchsorted(bounds, end))):
+            read = self._read
+            if read is None or read[0] != (shard, group):
+                with self._opened(shard) as file:
+                    table = self._checked(file.read_row_group(group, use_threads=False), self._schema)
+                self._read = read = ((shard, group), table)
+            base = int(bounds[group])
+            yield read[1].slice(max(first - base, 0), min(end - base, len(read[1])) - max(first - base, 0))
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
+        with self._open(shard) as file:
+            yield pq.ParquetFile(file, pre_buffer=False)
+
+    @contextmanager
+    def _open(self, shard: int) -> Iterator[BinaryIO]:
+        """Open a sidecar, whose damage is an error of ours.
+
+        Raises:
+            DataRootError: it is missing, or not a documents sidecar.
+        """
         path = self._root / layout.documents_name(shard)
         if not path.is_file():
             raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
-        schema = self._schema if columns is None else pa.schema([self._schema.field(name) for name in columns])
         try:
             with path.open("rb") as file:  # Arrow opens no path that is not UTF-8
-                # Threads of its own would outlive an error, and end the process with an abort.
-                how = {"use_threads": False, "pre_buffer": False}
-                table = pq.read_table(file, columns=columns, filters=filters, **how)
-            table = table.cast(schema).unify_dictionaries()
-            table.validate(full=True)  # damage can leave names that are not UTF-8
+                yield file
         except (pa.ArrowException, ValueError, OSError) as error:  # cast raises plain ValueErrors
             what = str(error).splitlines()[0]
             raise DataRootError(f"{path}: not a documents sidecar: {what}", next_step=_VERIFY) from None
+
+    def _checked(self, table: pa.Table, schema: pa.Schema) -> pa.Table:
+        table = table.cast(schema).unify_dictionaries()
+        table.validate(full=True)  # damage can leave names that are not UTF-8
         return table
+
+    def _table(self, shard: int, *, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        schema = self._schema if columns is None else pa.schema([self._schema.field(name) for name in columns])
+        with self._open(shard) as file:
+            # Threads of its own would outlive an error, and end the process with an abort.
+            how = {"use_threads": False, "pre_buffer": False}
+            return self._checked(pq.read_table(file, columns=columns, filters=filters, **how), schema)

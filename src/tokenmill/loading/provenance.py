@@ -15,8 +15,8 @@ from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import QueryError, TokenizerError
 from tokenmill.loading.data_root import DataRoot
-from tokenmill.loading.documents import DocumentIndex, DocumentPart
-from tokenmill.loading.view import OpenView, ViewDocuments, open_root
+from tokenmill.loading.documents import DocumentPart
+from tokenmill.loading.view import OpenView, open_root
 
 _MOST_LISTED = 10
 """Samples with the same id."""
@@ -62,7 +62,7 @@ def where_sample(root: Path, sample: int) -> Provenance:
     """
     found = open_root(root)
     begin, end = _sample_tokens(found, sample)
-    return Provenance(sample, _id_of(found, sample), begin, end, _document_slices(found.documents(), begin, end))
+    return Provenance(sample, _id_of(found, sample), begin, end, _document_slices(found, begin, end))
 
 
 def where_token(root: Path, token: int) -> Provenance:
@@ -77,7 +77,7 @@ def where_range(root: Path, begin: int, end: int) -> Provenance:
     sample = begin // found.seq_len
     is_inside = (end - 1) // found.seq_len == sample < found.tokens().tokens // found.seq_len
     number, name = (sample, _id_of(found, sample)) if is_inside else (None, None)
-    return Provenance(number, name, begin, end, _document_slices(found.documents(), begin, end))
+    return Provenance(number, name, begin, end, _document_slices(found, begin, end))
 
 
 def where_sample_id(root: Path, sample_id: str) -> list[Provenance]:
@@ -169,13 +169,16 @@ def show_samples(found: DataRoot | OpenView, samples: Sequence[int], *, limit: i
     Raises:
         QueryError, TokenizerError, DataRootError: as `show`.
     """
-    stream, index, backend = found.tokens(), found.documents(), open_backend(found)
+    stream, backend = found.tokens(), open_backend(found)
+    stretches = []
     for sample in samples:
         begin, end = _sample_tokens(found, sample)
-        end = end if limit is None else min(end, begin + limit)
-        place = Provenance(sample, _id_of(found, sample), begin, end, _document_slices(index, begin, end))
+        stretches.append((begin, end if limit is None else min(end, begin + limit)))
+    of_all = found.documents().parts_of(stretches)
+    for sample, (begin, end), parts in zip(samples, stretches, of_all, strict=True):
+        place = Provenance(sample, _id_of(found, sample), begin, end, [_slice_of(part) for part in parts])
         tokens = stream.read(begin, end).tolist()
-        documents = [tokens[part.begin - begin : part.end - begin] for part in place.documents]
+        documents = [tokens[part.begin - begin : part.end - begin] for part in parts]
         pieces = [piece for ids in documents for piece in backend.pieces(ids)]
         pieces += [""] * (len(tokens) - len(pieces))  # padding
         originals = tuple(_original(found, backend, part) for part in place.documents)
@@ -235,19 +238,20 @@ def _readable(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _document_slices(index: DocumentIndex | ViewDocuments, begin: int, end: int) -> list[DocumentSlice]:
-    def slice_of(part: DocumentPart) -> DocumentSlice:
-        document, first, last = part
-        return DocumentSlice(
-            document.source,
-            document.row,
-            first,
-            last,
-            first - document.start,
-            last - document.start,
-            document.tokens,
-            None if document.text_xxh3 is None else f"{document.text_xxh3:016x}",
-            {name: _readable(value) for name, value in document.metadata.items()},
-        )
+def _document_slices(found: DataRoot | OpenView, begin: int, end: int) -> list[DocumentSlice]:
+    return [_slice_of(part) for part in found.documents().parts_between(begin, end)]
 
-    return [slice_of(part) for part in index.parts_between(begin, end)]
+
+def _slice_of(part: DocumentPart) -> DocumentSlice:
+    document, first, last = part
+    return DocumentSlice(
+        document.source,
+        document.row,
+        first,
+        last,
+        first - document.start,
+        last - document.start,
+        document.tokens,
+        None if document.text_xxh3 is None else f"{document.text_xxh3:016x}",
+        {name: _readable(value) for name, value in document.metadata.items()},
+    )

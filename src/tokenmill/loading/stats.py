@@ -24,6 +24,7 @@ from tokenmill.options import MAX_VALUES, OnBytes
 from tokenmill.recipe import SIDECAR_COLUMNS
 
 _CHUNK_TOKENS = 1 << 22
+_RESIDENT_NBYTES = 256 << 20
 _TOP = 20
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 _LISTED_DUPLICATES = 10
@@ -110,7 +111,7 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
         DataRootError: the data root is not finished.
     """
     found = open_root(root)
-    stream = found.tokens()
+    stream = _opened(found)
     if stream.tokens == 0:
         raise DataRootError(f"{root}: has no tokens", next_step="give another data root")
     counts = token_counts(stream.chunks(_CHUNK_TOKENS), stream.tokens, stream.dtype.itemsize, on_progress)
@@ -165,6 +166,13 @@ def token_counts(
     return counts
 
 
+def _opened(found: DataRoot | OpenView) -> Any:
+    """Return the stream of tokens, to be read from end to end: what was read is not read again soon."""
+    stream = found.tokens()
+    stream.limit_resident(_RESIDENT_NBYTES)
+    return stream
+
+
 class _DocumentFigures(NamedTuple):
     """What `Stats` says of documents; None where nothing is known of them."""
 
@@ -178,13 +186,14 @@ class _DocumentFigures(NamedTuple):
 def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids: int) -> _DocumentFigures:
     if found.tokenizer is None:
         return _DocumentFigures()
-    lengths: list[NDArray[np.int64]] = []
+    lengths: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    """Different lengths, and how often they occur."""
     by_source: Counter[str] = Counter()
     by_value: dict[str, dict[str, int] | None] = {}
     text_nbytes: Counter[str] = Counter()
     nbytes_of = _nbytes_of_ids(found, backend, ids)
     for table, stream in _tables(found):
-        lengths.append(table["tokens"].to_numpy())
+        lengths.append(np.unique(table["tokens"].to_numpy(), return_counts=True))
         by_source.update(_sums_by(table["source"], table["tokens"]))
         if nbytes_of is not None:
             text_nbytes.update(_sums_by(table["source"], pa.array(_text_nbytes(table, stream, nbytes_of))))
@@ -193,11 +202,11 @@ def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids
                 sums = Counter(before)
                 sums.update(_sums_by(table[column], table["tokens"]))
                 by_value[column] = dict(sums) if len(sums) <= MAX_VALUES else None
-    every = np.concatenate(lengths)
-    percentiles = dict(zip(map(str, _PERCENTILES), np.percentile(every, _PERCENTILES).tolist(), strict=True))
+    length, which = np.unique(np.concatenate([each for each, _ in lengths]), return_inverse=True)
+    documents = np.bincount(which, np.concatenate([each for _, each in lengths])).astype(np.int64)
     return _DocumentFigures(
-        percentiles | {"mean": float(every.mean())},
-        _histogram(every),
+        _percentiles(length, documents) | {"mean": float(np.dot(length, documents) / documents.sum())},
+        _histogram(length, documents),
         dict(sorted(by_source.items())),
         dict(sorted(text_nbytes.items())) if nbytes_of is not None else None,
         by_value,
@@ -211,13 +220,22 @@ def _sums_by(keys: pa.ChunkedArray, values: pa.ChunkedArray | pa.Array) -> dict[
     return dict(zip(names, sums["value_sum"].to_pylist(), strict=True))
 
 
-def _histogram(lengths: NDArray[np.int64]) -> list[LengthBin]:
+def _percentiles(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> dict[str, float]:
+    """Return percentiles as `np.percentile` does of all documents, from how many there are of each length."""
+    ends = np.cumsum(documents)
+    position = np.array(_PERCENTILES) / 100 * (int(ends[-1]) - 1)
+    low, high = (lengths[np.searchsorted(ends, edge(position), side="right")] for edge in (np.floor, np.ceil))
+    found = low + (high - low) * (position - np.floor(position))
+    return dict(zip(map(str, _PERCENTILES), found.tolist(), strict=True))
+
+
+def _histogram(lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> list[LengthBin]:
     """Count documents by length, in bins whose edges are powers of the fourth root of 2, rounded up."""
     steps = int(np.ceil(np.log2(int(lengths.max()) + 1) * 4)) + 1
     edges = np.unique(np.ceil(2 ** (np.arange(steps + 1) / 4)).astype(np.int64))
     which = np.searchsorted(edges, lengths, side="right") - 1
-    documents = np.bincount(which, minlength=len(edges))
-    tokens = np.bincount(which, lengths, minlength=len(edges)).astype(np.int64)
+    documents = np.bincount(which, counts, minlength=len(edges)).astype(np.int64)
+    tokens = np.bincount(which, lengths * counts, minlength=len(edges)).astype(np.int64)
     columns = (edges[:-1], edges[1:], documents[:-1], tokens[:-1])
     return [LengthBin(*row) for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
 
@@ -281,10 +299,10 @@ def _tables(found: DataRoot | OpenView) -> Iterator[tuple[pa.Table, TokenStream]
     if isinstance(found, OpenView):
         documents = found.documents()
         for number, source in enumerate(found.sources):
-            stream = source.tokens()
+            stream = _opened(source)
             yield from ((table, stream) for table in documents.tables_of(number))
     else:
-        stream = found.tokens()
+        stream = _opened(found)
         yield from ((table, stream) for table in found.documents().tables())
 
 
@@ -292,7 +310,13 @@ def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
     roots = found.sources if isinstance(found, OpenView) else [found]
     if not all(root.manifest is not None and root.manifest.documents_version > 1 for root in roots):
         return None
-    hashes = np.sort(np.concatenate([table["text_xxh3"].to_numpy() for table, _ in _tables(found)]))
+    every = np.empty(found.document_count or 0, np.uint64)
+    at = 0
+    for table, _ in _tables(found):
+        every[at : at + len(table)] = table["text_xxh3"].to_numpy()
+        at += len(table)
+    hashes = every[:at]
+    hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     counts: Counter[tuple[int, bytes]] = Counter()
     for table, stream in _tables(found) if len(repeated) else ():

@@ -238,6 +238,11 @@ class ViewStream:
             self.copy(parts, found)
             yield found
 
+    def limit_resident(self, nbytes: int) -> None:
+        """As `TokenStream.limit_resident`, of each source."""
+        for stream in self._streams:
+            stream.limit_resident(nbytes)
+
     def note_read(self, nbytes: int, places: int = 1) -> None:
         """Do nothing: the streams of the sources note what is read of them."""
 
@@ -361,17 +366,27 @@ class ViewDocuments:
 
     def parts_between(self, begin: int, end: int) -> list[DocumentPart]:
         """Return the documents that hold tokens `begin` to `end`, in order, and which of these they hold."""
+        (found,) = self.parts_of([(begin, end)])
+        return found
+
+    def parts_of(self, stretches: Sequence[tuple[int, int]]) -> list[list[DocumentPart]]:
+        """Return the same of many stretches; each part of a sidecar is read once for all of them."""
         from tokenmill.loading.documents import DocumentPart
 
-        found: list[DocumentPart] = []
-        for first, last in zip(*(edges.tolist() for edges in self._stream.unarranged(begin, end)), strict=True):
-            shift = begin - first
-            for entry in range(*self._index.between(first, last)):
-                if (document := self.of_entry(entry)) is not None:
-                    lies = max(first, int(self._index.begins[entry])), min(last, int(self._index.begins[entry + 1]))
-                    moved = document._replace(start=document.start + shift)
-                    found.append(DocumentPart(moved, *(edge + shift for edge in lies)))
-            begin += last - first
+        lying: list[tuple[int, int, int, int, int]] = []
+        for number, (begin, end) in enumerate(stretches):
+            at = begin
+            for first, last in zip(*(edges.tolist() for edges in self._stream.unarranged(begin, end)), strict=True):
+                entries = range(*self._index.between(first, last))
+                lying += [(number, e, at - first, first, last) for e in entries if self._index.places[e] >= 0]
+                at += last - first
+        documents = self._at(np.array([self._index.places[entry] for _, entry, *_ in lying], np.int64))
+        found: list[list[DocumentPart]] = [[] for _ in stretches]
+        for (number, entry, shift, first, last), document in zip(lying, documents, strict=True):
+            begin, end = (int(edge) for edge in self._index.begins[entry : entry + 2])
+            start = begin - (int(self._index.places[entry]) - document.start) + shift
+            part = DocumentPart(document._replace(start=start), max(first, begin) + shift, min(last, end) + shift)
+            found[number].append(part)
         return found
 
     def of_entry(self, entry: int) -> Document | None:
@@ -393,11 +408,17 @@ class ViewDocuments:
 
     def at(self, place: int) -> Document:
         """Return the document that holds the token at a place; `start` is counted as places are."""
-        source = int(np.searchsorted(self._bases, place, side="right")) - 1
-        base = int(self._bases[source])
-        (found,) = self._documents[source].between(place - base, place - base + 1)
-        name = self._view.view.sources[source].name
-        return found._replace(start=base + found.start, source=f"{name}/{found.source}")
+        return self._at(np.array([place], np.int64))[0]
+
+    def _at(self, places: NDArray[np.int64]) -> list[Document]:
+        found: dict[int, Document] = {}
+        sources = np.searchsorted(self._bases, places, side="right") - 1
+        for number in np.unique(sources).tolist():
+            base, name = int(self._bases[number]), self._view.view.sources[number].name
+            here = np.unique(places[sources == number])
+            for place, each in zip(here.tolist(), self._documents[number].at_tokens(here - base), strict=True):
+                found[place] = each._replace(start=base + each.start, source=f"{name}/{each.source}")
+        return [found[place] for place in places.tolist()]
 
     def starts_between(self, begin: int, end: int) -> NDArray[np.int64]:
         """Return the tokens from `begin` to before `end` at which a document, a piece of one, or padding starts."""

@@ -277,7 +277,7 @@ def shares(stretches: Sequence[Share]) -> Spec:
     sources = list(dict.fromkeys(each.source for each in stretches))
     area = (
         alt.Chart(_data(rows))
-        .mark_rect(opacity=0.85)
+        .mark_rect()
         .encode(
             x=alt.X("begin:Q", title="sample of the run", axis=alt.Axis(format="~s", tickCount=8)),
             x2="end:Q",

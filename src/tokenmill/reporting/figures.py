@@ -329,13 +329,19 @@ class _Links:
             self._manifests = {f"{source.name}/": root.manifest for source, root in pairs}
         else:
             self._manifests = {"": found.manifest}
+        self._known: dict[str, str | None] = {}
 
     def of(self, part: DocumentSlice) -> str | None:
         """Return the address of the file of a document, with its row as the fragment."""
+        if part.source not in self._known:
+            self._known[part.source] = self._file(part.source)
+        file = self._known[part.source]
+        return None if file is None else f"{file}#row={part.row}"
+
+    def _file(self, source: str) -> str | None:
         for prefix, manifest in self._manifests.items():
-            if manifest is not None and part.source.startswith(prefix):
-                file = source_link(manifest, part.source.removeprefix(prefix))
-                return None if file is None else f"{file}#row={part.row}"
+            if manifest is not None and source.startswith(prefix):
+                return source_link(manifest, source.removeprefix(prefix))
         return None
 
 
