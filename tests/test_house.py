@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "src" / "tokenmill"
 LAYERS = (
     "cli",
     "ray | torch | interchange | reporting",
-    "pipeline | verification | views",
+    "pipeline | verification | views | comparison",
     "shards | loading",
     "encoding | transfer",
     "corpus | dataroot",

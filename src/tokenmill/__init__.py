@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     __version__: str
+    from tokenmill.comparison.compare import compare_tokenizers as compare_tokenizers
     from tokenmill.corpus.order import buffer_order as buffer_order
     from tokenmill.errors import TokenmillError as TokenmillError
     from tokenmill.interchange.export import export as export
@@ -64,6 +65,7 @@ _HOMES = {
     "buffer_order": "corpus.order",
     "build_view": "views.build",
     "check_receipt": "loading.receipts",
+    "compare_tokenizers": "comparison.compare",
     "consolidate": "shards.consolidate",
     "download": "transfer.download",
     "export": "interchange.export",
@@ -99,6 +101,7 @@ __all__ = [
     "buffer_order",
     "build_view",
     "check_receipt",
+    "compare_tokenizers",
     "consolidate",
     "download",
     "export",

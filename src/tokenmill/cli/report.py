@@ -20,9 +20,15 @@ from tokenmill.cli.options import data_root_argument, json_option
     show_default=True,
     help="The file to write; an existing one is replaced.",
 )
+@click.option(
+    "--comparison",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="JSON that tokenmill tokenizers compare --json printed; becomes a section of the page.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing unless the command fails.")
 @json_option
-def report(data_root: Path, *, output: Path, quiet: bool, as_json: bool) -> None:
+def report(data_root: Path, *, output: Path, comparison: Path | None, quiet: bool, as_json: bool) -> None:
     """Show the data set or view in DATA_ROOT on one HTML page, which opens from disk and loads nothing.
 
     The page has how the data set was made, what became of every row, tokens by source and value, lengths,
@@ -37,7 +43,7 @@ def report(data_root: Path, *, output: Path, quiet: bool, as_json: bool) -> None
     from tokenmill.reporting.report import report as write_report
 
     with byte_display(quiet=quiet or as_json) as on_progress:
-        found = write_report(data_root, output, on_progress=on_progress)
+        found = write_report(data_root, output, comparison=comparison, on_progress=on_progress)
     if as_json or not quiet:
         lines = [f"{found.path}: {found.nbytes / 1e6:.1f} MB, in {found.seconds:.1f} s"]
         print_result(found, lines, as_json=as_json)

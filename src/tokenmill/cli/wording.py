@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from pathlib import Path
 
     from tokenmill.cli.first_shard import ShardStatistics
+    from tokenmill.comparison.compare import Comparison, Estimate
     from tokenmill.dataroot.manifest import Consolidated, FileLedger
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
@@ -608,6 +609,65 @@ def disjointness_lines(found: Disjointness) -> list[str]:
     if found.passed:
         return [*lines, "\u2705 no text is in both"]
     return [*lines, *found.examples, f"\u274c {_plural(found.shared, 'text')} in both"]
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """Set tokenizers side by side."""
+    lines = [
+        f"{found.corpus}: {found.corpus_files:,} files, about {count(found.corpus_documents)} documents and "
+        f"{found.corpus_text_nbytes / 1e9:.3f} GB of text",
+        f"sample of {found.documents:,} documents, {found.nbytes / 1e6:.1f} MB; intervals of 95% confidence",
+    ]
+    rows: dict[str, list[str]] = {
+        "": [each.name for each in found.tokenizers],
+        "ids": [f"{each.vocab_size:,}" for each in found.tokenizers],
+        "bytes per token": [_estimate(each.bytes_per_token) for each in found.tokenizers],
+        "characters per token": [_estimate(each.characters_per_token) for each in found.tokenizers],
+        "tokens, to the first": [_estimate(each.relative_tokens) for each in found.tokenizers],
+        "ids in use": [f"{each.used_ids:,} ({each.used_ids / each.vocab_size:.1%})" for each in found.tokenizers],
+        "parts of characters": [f"{each.byte_share:.3%}" for each in found.tokenizers],
+        "unknown": [f"{each.unknown_share:.3%}" for each in found.tokenizers],
+        "documents changed": [f"{each.lost_share:.2%}" for each in found.tokenizers],
+        "tokens of all": [f"about {count(each.projected_tokens)}" for each in found.tokenizers],
+        "size of all": [f"{each.projected_nbytes / 1e9:.3f} GB, {each.dtype}" for each in found.tokenizers],
+        "speed": [
+            f"{count(each.tokens_per_second)}/s, {each.nbytes_per_second / 1e6:.0f} MB/s" for each in found.tokenizers
+        ],
+        "by": [each.engine for each in found.tokenizers],
+        "longest tokens": [", ".join(f"{token.text!r:.24}" for token in each.longest[:3]) for each in found.tokenizers],
+    }
+    lines += ["", *_columns(rows)]
+    first = found.tokenizers[0]
+    groups = {"source file": [each.by_source for each in found.tokenizers]}
+    groups |= {column: [each.by_value[column] for each in found.tokenizers] for column in first.by_value}
+    for what, estimates in groups.items():
+        table = {f"bytes per token by {what}": [each.name for each in found.tokenizers]}
+        table |= {name: [_estimate(each[name]) for each in estimates] for name in estimates[0]}
+        lines += ["", *_columns(table)]
+    return [*lines, *(f"note: {note}" for note in found.notes)]
+
+
+def _estimate(found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} \u00b1 {(found.high - found.low) / 2:.3f}"
+
+
+_WIDEST = 40
+
+
+def _columns(rows: Mapping[str, list[str]]) -> list[str]:
+    """Return a table with a column for each tokenizer; where a name is long, its end."""
+    width = max(len(name) for name in rows)
+    cells = {
+        name: [text if len(text) <= _WIDEST else f"\u2026{text[1 - _WIDEST :]}" for text in row]
+        for name, row in rows.items()
+    }
+    widths = [max(map(len, column)) for column in zip(*cells.values(), strict=True)]
+    return [
+        f"{name:<{width}}  " + "  ".join(f"{text:>{size}}" for text, size in zip(row, widths, strict=True))
+        for name, row in cells.items()
+    ]
 
 
 _MOST_FILES = 12

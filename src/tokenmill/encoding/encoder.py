@@ -253,7 +253,7 @@ class Encoder:
             TokenizerError: the tokenizer has no ids for a document.
         """
         origin = _RowOrigin(spans)
-        strings, bad = _validated([span.texts for span in spans])
+        strings, bad = validated_texts([span.texts for span in spans])
         if bad and on_bad_rows == "error":
             row = min(bad)
             raise SourceError(
@@ -541,7 +541,7 @@ class _RowOrigin:
         return f"{self._spans[span].where}: row {row + int(self._shifts[span])}"
 
 
-def _validated(spans: Sequence[Texts]) -> tuple[pa.LargeStringArray, dict[int, str]]:
+def validated_texts(spans: Sequence[Texts]) -> tuple[pa.LargeStringArray, dict[int, str]]:
     """Return the rows of all spans as large strings that are known to be UTF-8, and the bad ones among them.
 
     Parquet does not promise UTF-8, and gigatoken relies on it.

@@ -143,6 +143,16 @@ class HFBackend:
         """Return the text of some tokens, control tokens shown."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        """Return the text of each list of tokens, control tokens shown."""
+        texts: list[str] = self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+        return texts
+
+    def unknown_id(self) -> int | None:
+        """Return the id of text that the vocabulary has no token for; None if there is none such."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        return None if name is None else self._tokenizer.token_to_id(name)
+
     def pieces(self, ids: list[int]) -> list[str]:
         """Return the text that each token adds; a token that only begins a character adds none yet."""
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)

@@ -12,6 +12,7 @@ import altair as alt
 import msgspec
 import vl_convert
 
+from tokenmill.comparison.compare import TokenizerFigures
 from tokenmill.loading.order_quality import Measure
 from tokenmill.loading.stats import LengthBin
 from tokenmill.reporting.figures import Fill, Flow, Run, Share
@@ -331,3 +332,19 @@ def run(runs: Sequence[Run], field: str, title: str) -> Spec:
         )
     )
     return _finished(chart, f"Line: {title} over the run", height=160)
+
+
+def tokenizers(found: Sequence[TokenizerFigures]) -> Spec:
+    """Draw the bytes per token of tokenizers, with their intervals."""
+    rows = [
+        {"name": each.name, "value": each.bytes_per_token.value, "low": each.bytes_per_token.low,
+         "high": each.bytes_per_token.high}
+        for each in found
+    ]  # fmt: skip
+    base = alt.Chart(_data(rows)).encode(y=alt.Y("name:N", sort=None, title=None))
+    bar = base.mark_bar(opacity=0.55).encode(
+        x=alt.X("value:Q", title="bytes per token", axis=alt.Axis(tickCount=6)),
+        tooltip=["name:N", *(alt.Tooltip(f"{field}:Q", format=".3f") for field in ("value", "low", "high"))],
+    )
+    line = base.mark_rule(color=_TEXT, strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    return _finished(bar + line, "Bars: bytes per token by tokenizer", height=max(2, len(rows)) * _BAR_HEIGHT)

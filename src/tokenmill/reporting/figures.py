@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from tokenmill.comparison.compare import Comparison
 from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import Manifest
 from tokenmill.dataroot.view_record import ViewRecord
@@ -127,12 +128,16 @@ class Figures(msgspec.Struct, kw_only=True):
     fill: list[Fill]
     runs: list[Run]
     shown: list[ShownSample]
+    comparison: Comparison | None
+    """Of tokenizers, if one is given."""
     shown_note: str
     """Why there are no samples, or of each only the beginning."""
 
 
-def figures(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Figures:
-    """Read a finished data root or a view, every token of it once or twice.
+def figures(
+    root: Path, comparison: Comparison | None = None, *, on_progress: OnBytes = lambda done, total: None
+) -> Figures:
+    """Read a finished data root or a view, every token of it once or twice; `comparison` is passed on.
 
     Raises:
         DataRootError: it is not finished.
@@ -159,6 +164,7 @@ def figures(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> F
         fill=_fill(found) if isinstance(found, OpenView) else [],
         runs=_runs(logged_rows(root / layout.LOG)),
         shown=shown,
+        comparison=comparison,
         shown_note=shown_note,
     )
 

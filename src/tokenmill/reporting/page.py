@@ -11,6 +11,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
+from tokenmill.comparison.compare import Estimate
 from tokenmill.progress import count, duration
 from tokenmill.reporting import charts
 from tokenmill.reporting.figures import Figures
@@ -276,6 +277,46 @@ def _tokens(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
     return Section("tokens", "Tokens", blocks)
 
 
+def _comparison(figures: Figures, specs: dict[str, charts.Spec]) -> Section | None:
+    found = figures.comparison
+    if found is None:
+        return None
+    specs["tokenizers"] = charts.tokenizers(found.tokenizers)
+    text = (
+        f"On a sample of {found.documents:,} documents, {found.nbytes / 1e6:,.1f} MB, of {found.corpus}; lines are "
+        "intervals of 95% confidence."
+    )
+    head = ("tokenizer", "ids", "bytes per token", "tokens, to the first", "ids in use", "parts of characters",
+            "unknown", "documents changed", "tokens of all", "size of all", "speed")  # fmt: skip
+    rows = [
+        (_t(each.name), _n(each.vocab_size), _t(_estimate(each.bytes_per_token)), _t(_estimate(each.relative_tokens)),
+         _n(each.used_ids), _t(f"{each.byte_share:.3%}"), _t(f"{each.unknown_share:.3%}"), _t(f"{each.lost_share:.2%}"),
+         _n(each.projected_tokens), _t(f"{each.projected_nbytes / 1e9:,.3f} GB {each.dtype}"),
+         _t(f"{count(each.tokens_per_second)}/s"))
+        for each in found.tokenizers
+    ]  # fmt: skip
+    longest = [(_t(each.name), _t(", ".join(repr(token.text) for token in each.longest))) for each in found.tokenizers]
+    blocks = [
+        Block("text", text=text),
+        Block("chart", title="Bytes of text per token", chart="tokenizers"),
+        _table("", head, rows),
+        _table("Their longest tokens", ("tokenizer", "tokens"), longest, folded=True),
+    ]
+    groups = {"source file": [each.by_source for each in found.tokenizers]}
+    groups |= {column: [each.by_value[column] for each in found.tokenizers] for column in found.tokenizers[0].by_value}
+    for what, estimates in groups.items():
+        cells = [(_t(name), *(_t(_estimate(each[name])) for each in estimates)) for name in estimates[0]]
+        heads = (what, *(each.name for each in found.tokenizers))
+        blocks.append(_table(f"Bytes per token, by {what}", heads, cells, folded=True))
+    return Section("tokenizers", "Tokenizers", [*blocks, *(Block("text", text=f"Note: {n}") for n in found.notes)])
+
+
+def _estimate(found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} \u00b1 {(found.high - found.low) / 2:.3f}"
+
+
 def _order(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
     if figures.order is None:
         return Section("order", "Order", [Block("text", text=f"Not measured: {figures.order_note}")])
@@ -388,4 +429,17 @@ def _browser(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
     return Section("samples-section", "Samples", [Block("text", text=text), Block("samples")])
 
 
-_SECTIONS = (_made, _ledger, _sources, _documents, _tokens, _order, _mixture, _packing, _run, _browser, _digests)
+_SECTIONS = (
+    _made,
+    _ledger,
+    _sources,
+    _documents,
+    _tokens,
+    _comparison,
+    _order,
+    _mixture,
+    _packing,
+    _run,
+    _browser,
+    _digests,
+)

@@ -7,11 +7,24 @@ from pathlib import Path
 
 import msgspec
 
+from tokenmill.comparison.compare import Comparison
 from tokenmill.dataroot import atomic
-from tokenmill.errors import ExtraError
+from tokenmill.errors import ExtraError, QueryError
 from tokenmill.options import OnBytes
 from tokenmill.progress import also_shown
 from tokenmill.reporting.figures import figures
+
+
+def _loaded(path: Path | str | None) -> Comparison | None:
+    if path is None:
+        return None
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Comparison)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise QueryError(
+            f"{path}: no comparison of tokenizers: {error}",
+            next_step="make it with: tokenmill tokenizers compare ... --json > FILE",
+        ) from None
 
 
 class ReportSummary(msgspec.Struct):
@@ -26,6 +39,7 @@ def report(
     root: Path | str,
     output: Path | str = "report.html",
     *,
+    comparison: Path | str | None = None,
     on_progress: OnBytes = lambda done, total: None,
     progress: bool = False,
 ) -> ReportSummary:
@@ -34,11 +48,13 @@ def report(
     Args:
         root: the data root or view.
         output: the file; replaced if it exists, whole or not at all.
+        comparison: JSON file that `tokenmill tokenizers compare --json` printed; becomes a section of the page.
         on_progress: called with bytes of tokens read and bytes to read.
         progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         DataRootError: the data set is not finished.
+        QueryError: `comparison` is no such file.
         ExtraError: the extra `report` is not installed.
         StorageError: the file cannot be written.
     """
@@ -50,7 +66,7 @@ def report(
             f"a report needs the extra report: {error}", next_step="run: pip install 'tokenmill[report]'"
         ) from None
     with also_shown(on_progress, wanted=progress) as tell:
-        found = figures(Path(root), on_progress=tell)
+        found = figures(Path(root), _loaded(comparison), on_progress=tell)
     data = page(found).encode("utf-8", "backslashreplace")
     path = Path(output)
     atomic.write_whole(path, data)

@@ -1,0 +1,1 @@
+"""Comparison: tokenizers side by side on a sample of a corpus."""
