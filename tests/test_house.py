@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "src" / "tokenmill"
 
 LAYERS = (
     "cli",
-    "ray | torch | interchange | reporting",
+    "ray | torch | interchange | reporting | publishing",
     "pipeline | verification | views | comparison",
     "shards | loading",
     "encoding | transfer",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tokenmill.pipeline.pretokenize import pretokenize as pretokenize
     from tokenmill.pipeline.pretokenize import pretokenize as tokenize
     from tokenmill.pipeline.summary import Summary as Summary
+    from tokenmill.publishing.card import write_card as write_card
+    from tokenmill.publishing.hub import upload_to_hub as upload_to_hub
     from tokenmill.recipe import Recipe as Recipe
     from tokenmill.recipe import load_recipe as load_recipe
     from tokenmill.reporting.report import report as report
@@ -79,7 +81,9 @@ _HOMES = {
     "prove_disjoint": "views.disjoint",
     "report": "reporting.report",
     "upload": "transfer.upload",
+    "upload_to_hub": "publishing.hub",
     "verify": "verification.verify",
+    "write_card": "publishing.card",
 }
 
 __all__ = [
@@ -117,7 +121,9 @@ __all__ = [
     "report",
     "tokenize",
     "upload",
+    "upload_to_hub",
     "verify",
+    "write_card",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tokenmill.cli import inspect, interchange, make, report, tokenizers, transfer, verify, view, watch
+from tokenmill.cli import card, inspect, interchange, make, report, tokenizers, transfer, verify, view, watch
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
 
@@ -102,6 +102,7 @@ for _command in (
     inspect.stats,
     inspect.receipts,
     report.report,
+    card.card,
     tokenizers.tokenizers,
     view.view,
     interchange.export,

@@ -61,13 +61,18 @@ def download(source: str, data_root: Path, **options: Any) -> None:
     _transfer(move, **options)
 
 
-@click.command(short_help="Upload a data set to a bucket.")
+@click.command(short_help="Upload a data set to a bucket or the hub.")
 @data_root_argument
 @click.argument("target")
 @_transfer_options
+@click.option("--private", is_flag=True, help="Make the data set of the hub a private one, if it is made.")
+@click.option("--license", metavar="ID", help="License for the card of the hub, as of tokenmill card.")
 @json_option
-def upload(data_root: Path, target: str, **options: Any) -> None:
+def upload(data_root: Path, target: str, *, private: bool, license: str | None, **options: Any) -> None:
     """Upload the data set in DATA_ROOT to TARGET (s3://BUCKET/PREFIX, file:// or a path), the manifest last.
+
+    TARGET may also be hf://datasets/OWNER/NAME: the data set goes there with its card, a Croissant file and a
+    preview (tokenmill card); HF_TOKEN must be allowed to write there.
 
     Only what is missing or different is transferred. After a crash or Ctrl-C, run the same command again:
     parts that arrived are kept. Credentials come from the environment: AWS_ACCESS_KEY_ID and
@@ -77,12 +82,44 @@ def upload(data_root: Path, target: str, **options: Any) -> None:
     Example:
       tokenmill upload data/ s3://bucket/data --endpoint-url https://s3.example.org
     """
+    if target.startswith("hf://"):
+        _publish(data_root, target, private=private, license=license, **options)
+        return
+    if private or license is not None:
+        raise click.UsageError("--private and --license are for hf:// alone")
     from tokenmill.transfer.upload import upload as transfer
 
     def move(selection: Selection, store: StoreOptions, **rest: Any) -> TransferReport:
         return transfer(data_root, target, selection, store=store, **rest)
 
     _transfer(move, **options)
+
+
+def _publish(
+    data_root: Path,
+    target: str,
+    *,
+    private: bool,
+    license: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Send a data set to the hub."""
+    from tokenmill.cli import wording
+    from tokenmill.publishing.hub import upload_to_hub
+
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    if any(options.values()):
+        raise click.UsageError(
+            "hf:// takes whole data sets: leave out --include, --exclude, --shards and options of s3"
+        )
+    catch_signals()
+    try:
+        found = upload_to_hub(data_root, target, private=private, license=license, dry_run=dry_run)
+    except InterruptedByUserError as stop:
+        exit_interrupted(RESUME, stop)
+    if as_json or not quiet:
+        print_result(found, wording.published_lines(found), as_json=as_json)
 
 
 def _transfer(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from tokenmill.pipeline.job import RunInputs
     from tokenmill.pipeline.preflight import Preflight
     from tokenmill.pipeline.summary import Summary
+    from tokenmill.publishing.hub import PublishReport
     from tokenmill.recipe import Recipe
     from tokenmill.shards.consolidate import ConsolidationReport
     from tokenmill.transfer.selection import TransferReport as Transfer
@@ -124,6 +125,16 @@ def transfer_lines(result: Transfer) -> list[str]:
     if result.retries:
         lines.append(f"requests that failed and were tried again: {result.retries:,}")
     return lines
+
+
+def published_lines(found: PublishReport) -> list[str]:
+    """Say what was sent to the hub, or would be."""
+    total = f"{_plural(len(found.files), 'file')}, {sum(found.files.values()) / 1e9:.3f} GB"
+    notes = [f"note: {note}" for note in found.notes]
+    if not found.commit:
+        lines = [f"{nbytes:>16,}  {name}" for name, nbytes in found.files.items()]
+        return [*lines, f"{total} to send to {found.url}", *notes]
+    return [f"{found.url}: {total}, compared with the digests that the hub has, at commit {found.commit}", *notes]
 
 
 def _bad(count: int) -> str:

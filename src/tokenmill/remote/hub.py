@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tokenmill.errors import SourceError, TokenizerError
+from tokenmill.errors import SourceError, StorageError, TokenizerError
+from tokenmill.redact import redact
 from tokenmill.remote import retry
 from tokenmill.remote.certificates import CANNOT_VERIFY, ca_bundle
 from tokenmill.remote.retry import (
@@ -121,6 +123,36 @@ def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repositor
     if any(file.path == "README.md" for file in files):
         card = _asked(name, retrier, lambda: _card(name, commit))
     return Repository(name, commit, files, card)
+
+
+def send_dataset(name: str, folder: Path, paths: Sequence[str], *, private: bool) -> str:
+    """Send files of a directory to a data set, which is made if there is none; return the commit that has them all.
+
+    The library's own way for large folders sends them: what arrived by an earlier call is not sent again.
+
+    Raises:
+        StorageError: the hub cannot be reached, or refuses.
+    """
+    huggingface_hub = _library()
+    api = huggingface_hub.HfApi(library_name="tokenmill")
+    kind = {"repo_type": "dataset", "repo_id": name}
+    try:
+        api.create_repo(**kind, private=private, exist_ok=True)
+        patterns = [glob.escape(path) for path in paths]
+        if hasattr(api, "upload_large_folder"):  # before version 2 of the library
+            api.upload_large_folder(**kind, folder_path=folder, allow_patterns=patterns, print_report=False)
+        else:
+            message = "Upload with tokenmill"
+            api.upload_folder(**kind, folder_path=folder, allow_patterns=patterns, commit_message=message)
+        commit = api.dataset_info(name).sha
+    except Exception as error:  # noqa: BLE001  # the client passes on whatever its transport raises
+        reason = redact(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+        raise StorageError(
+            f"hf://datasets/{name}: could not be sent: {reason}",
+            next_step="set HF_TOKEN to a token that may write there, check the network, then run the same command "
+            "again: what arrived is kept",
+        ) from None
+    return str(commit)
 
 
 def _library() -> Any:

@@ -1,0 +1,1 @@
+"""Publishing: a data set with its card, its Croissant file and a preview, on the Hugging Face hub."""

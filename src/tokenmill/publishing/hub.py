@@ -1,0 +1,100 @@
+"""Hub: a data root with its card → a data set repository of the Hugging Face hub, compared once it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import msgspec
+
+from tokenmill.errors import StorageError
+from tokenmill.publishing.card import README, write_card
+from tokenmill.publishing.croissant import CROISSANT
+from tokenmill.publishing.facts import HUB, find_facts
+from tokenmill.publishing.preview import PREVIEW
+from tokenmill.remote import hub
+from tokenmill.remote.retry import Retrier
+
+SCHEME = "hf://"
+
+
+class PublishReport(msgspec.Struct):
+    """What `upload_to_hub` sent."""
+
+    url: str
+    commit: str
+    """Empty for a dry run."""
+    files: dict[str, int]
+    """Size of each file, by its name."""
+    notes: list[str]
+
+
+def repository_of(target: str) -> str:
+    """Return OWNER/NAME of `hf://datasets/OWNER/NAME`.
+
+    Raises:
+        StorageError: it is not one.
+    """
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)/?", target)
+    if match is None:
+        raise StorageError(
+            f"{target}: expected hf://datasets/OWNER/NAME", next_step="name the data set that is to hold the files"
+        )
+    return match[1]
+
+
+def upload_to_hub(
+    root: Path | str,
+    target: str,
+    *,
+    private: bool = False,
+    license: str | None = None,  # what the hub calls it
+    dry_run: bool = False,
+) -> PublishReport:
+    """Send a finished data root with its card, Croissant file and preview to `hf://datasets/OWNER/NAME`.
+
+    `huggingface_hub` sends the files, in pieces and several at once; the same call sends what an earlier one did not.
+    Once they are there, the digest that the hub has of each is compared. The repository is made if there is none.
+
+    Args:
+        root: the data root.
+        target: the data set of the hub.
+        private: make the repository a private one, if it is made.
+        license: identifier for the card.
+        dry_run: only say what would be sent; the card is not written.
+
+    Raises:
+        DataRootError: it is not finished, or has a README.md that `write_card` did not write.
+        StorageError: the hub cannot be reached, refuses, or has other bytes than were sent.
+    """
+    root, name = Path(root), repository_of(target)
+    url = f"{HUB}/datasets/{name}"
+    facts = find_facts(root, name=name.partition("/")[2], license=license, url=url)
+    sizes = {path: nbytes for path, (nbytes, _) in facts.files.items()}
+    if dry_run:
+        return PublishReport(url, "", sizes, [f"{README}, {CROISSANT} and {PREVIEW} are written when it is sent"])
+    card = write_card(root, name=name.partition("/")[2], license=license, url=url)
+    sizes |= {path: (root / path).stat().st_size for path in card.files}
+    commit = hub.send_dataset(name, root, list(sizes), private=private)
+    expected = {path: sha256 for path, (_, sha256) in facts.files.items()}
+    _compare(root, name, commit, sizes, expected)
+    return PublishReport(url, commit, sizes, card.notes)
+
+
+def _compare(root: Path, name: str, commit: str, sizes: dict[str, int], expected: dict[str, str]) -> None:
+    """Compare what the hub says it has: of large files their SHA-256, of others the id of their Git blob."""
+    there = {file.path: file for file in hub.open_dataset(name, commit, Retrier()).files}
+    for path, nbytes in sizes.items():
+        found = there.get(path)
+        if found is not None and len(found.etag) == 40:
+            data = (root / path).read_bytes()
+            known = hashlib.sha1(b"blob %d\x00" % len(data) + data, usedforsecurity=False).hexdigest()
+        else:
+            known = expected.get(path) or hashlib.sha256((root / path).read_bytes()).hexdigest()
+        if found is None or (found.nbytes, found.etag) != (nbytes, known):
+            what = "nothing" if found is None else f"{found.nbytes} bytes with the digest {found.etag}"
+            raise StorageError(
+                f"hf://datasets/{name}@{commit}: {path}: expected {nbytes} bytes with the digest {known}, found {what}",
+                next_step="run tokenmill verify on the data root, then the same command again",
+            )
