@@ -44,22 +44,9 @@ def flags(name: str) -> list[str]:
 
 
 def test_commands_flags_and_names_are_frozen() -> None:
-    assert sorted(cli.commands) == [
-        *(
-            "consolidate",
-            "demo",
-            "download",
-            "export",
-            "help",
-            "import",
-            "info",
-            "pretokenize",
-            "receipts",
-            "show",
-            "stats",
-        ),
-        *("test-shard", "upload", "verify", "view", "watch", "where"),
-    ]
+    names = "card consolidate demo download export help import info pretokenize receipts report show stats test-shard "
+    names += "tokenizers upload verify view watch where"
+    assert sorted(cli.commands) == names.split()
     workers = ["--workers", "--num-proc"]
     speed = [*workers, "--chunk-size", "--tokenizer-backend", "--engine-tokenizer"]
     quiet, as_json = ["-q", "--quiet"], ["--json"]
@@ -69,7 +56,14 @@ def test_commands_flags_and_names_are_frozen() -> None:
     assert flags("pretokenize") == [*RECIPE_FLAGS, *speed, *straight, *bad, *store, *away, *quiet, *as_json]
     assert flags("test-shard") == [*RECIPE_FLAGS, *speed, *bad, *store, *quiet]
     files = ["--include", "--exclude", "--shards"]
-    assert flags("download") == flags("upload") == [*files, *store, "--dry-run", *quiet, *as_json]
+    move = [*files, *store, "--dry-run", *quiet]
+    assert flags("download") == [*move, *as_json]
+    assert flags("upload") == [*move, "--private", "--license", *as_json]
+    assert flags("card") == ["--name", "--license", "--url", "--overwrite", *as_json]
+    assert flags("report") == ["-o", "--output", "--comparison", *quiet, *as_json]
+    compare = [o for p in cli.commands["tokenizers"].commands["compare"].params for o in p.opts if o.startswith("-")]
+    source = ["--dataset", "--text-column", "--text-separator", "--metadata-column"]
+    assert compare == [*source, "--sample", "--lossy", *store, *as_json]
     join = ["--seq-len", "--token-dtype", "--id-scheme", "--consume", "--skip-validation", "--published"]
     assert flags("consolidate") == [*join, *quiet, *as_json]
     deep = ["--quick", "--deep", "--dataset", "--tokenizer", "--max-document-size", *store, *workers]

@@ -17,7 +17,8 @@ from tokenmill.publishing.preview import PREVIEW, SCHEMA
 
 CROISSANT = "croissant.json"
 _VERSION = "http://mlcommons.org/croissant/1.1"
-_PARQUET = "application/vnd.apache.parquet"
+_PARQUET = "application/x-parquet"
+"""As the hub and the reader of MLCommons name it."""
 _FORMATS = {".parquet": _PARQUET, ".json": "application/json", ".jsonl": "application/jsonlines"}
 
 _CONTEXT: dict[str, Any] = {
