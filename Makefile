@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \
 	tests/corpus/test_listing.py tests/corpus/test_metadata.py tests/interchange/test_import.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
-	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py
+	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py \
+	tests/comparison/test_compare.py tests/publishing/test_publishing.py tests/reporting/test_report.py
 
-.PHONY: demo test test-lowest test-cluster interop campaign check format clean
+.PHONY: demo test test-lowest test-cluster interop campaign docs dist check format clean
 
 demo: $(READY)  ## pretokenize Python's own library into ./demo
 	$(BIN)/tokenmill demo demo
@@ -35,6 +36,14 @@ SECONDS ?= 600
 campaign: $(READY)  ## kills, power loss, damage, faults, odd input, races, bad servers, for SECONDS (docs/reliability.md)
 	$(BIN)/python tests/campaign.py --seconds $(SECONDS)
 
+docs: $(READY)  ## the documentation as a site, strictly, into ./site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+dist: $(READY)  ## wheel and sdist into ./dist, installed elsewhere on every Python at hand, where the demo runs
+	$(BIN)/python -m pip install --quiet build uv
+	$(BIN)/python scripts/check_dist.py
+
 check: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +54,7 @@ format: $(READY)  ## rewrite files as ruff wants them
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist site
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("tokenmill needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'

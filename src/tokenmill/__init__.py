@@ -8,8 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+"""The one place of the version."""
+
 if TYPE_CHECKING:
-    __version__: str
     from tokenmill.comparison.compare import compare_tokenizers as compare_tokenizers
     from tokenmill.corpus.order import buffer_order as buffer_order
     from tokenmill.errors import TokenmillError as TokenmillError
@@ -132,10 +134,6 @@ _ALIASES = {"tokenize": "pretokenize", "merge": "consolidate"}
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("tokenmill")
     name = _ALIASES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'tokenmill' has no attribute {name!r}")

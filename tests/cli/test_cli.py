@@ -106,7 +106,16 @@ def test_commands_flags_and_names_are_frozen() -> None:
             "Summary",
         ),
         *("TokenDataset", "TokenmillError", "ValidatorSampler", "ViewSource", "ViewSpec", "ViewStage", "WindowSampler"),
-        *("buffer_order", "build_view", "check_receipt", "consolidate", "download", "export", "import_data"),
+        *(
+            "buffer_order",
+            "build_view",
+            "check_receipt",
+            "compare_tokenizers",
+            "consolidate",
+            "download",
+            "export",
+            "import_data",
+        ),
         *(
             "load_receipt",
             "load_recipe",
@@ -116,9 +125,10 @@ def test_commands_flags_and_names_are_frozen() -> None:
             "plan_view",
             "pretokenize",
             "prove_disjoint",
+            "report",
             "tokenize",
         ),
-        *("upload", "verify"),
+        *("upload", "upload_to_hub", "verify", "write_card"),
     ]
     for name in tokenmill.__all__ * 2:  # a module of the same name would stand in its place the second time
         assert callable(getattr(tokenmill, name))
@@ -150,8 +160,8 @@ def test_help_and_version() -> None:
 
 def test_the_exit_codes_of_help_are_those_of_the_manual_and_of_the_errors() -> None:
     told = re.findall(r"^  (\d+(?:, \d+)*) +\S", EXIT_CODES, re.MULTILINE)
-    manual = (REPOSITORY / "README.md").read_text()
-    assert told == re.findall(r"^\| (\d+(?:, \d+)*) \|", manual[manual.index("### Exit codes") :], re.MULTILINE)
+    manual = (REPOSITORY / "docs" / "exit-codes.md").read_text()
+    assert told == re.findall(r"^\| (\d+(?:, \d+)*) \|", manual, re.MULTILINE)
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TokenmillError)]
     assert {str(kind.exit_code) for kind in kinds} <= set(told)
 

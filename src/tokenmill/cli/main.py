@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from tokenmill import __version__
 from tokenmill.cli import card, inspect, interchange, make, report, tokenizers, transfer, verify, view, watch
 from tokenmill.cli.console import InterruptedByUserError, log, settle_signals, show_bug, show_log
 from tokenmill.errors import TokenmillError
@@ -29,11 +30,11 @@ EXIT_CODES = """\b
 Exit codes:
   0   done, or done already
   1   validation failed, verify found something, a receipt is wrong, or two views share a text
-  2   wrong usage, recipe or view, no such sample, not a receipt, or a format that cannot hold it
+  2   wrong usage, recipe or view, no such sample, not a receipt, a format that cannot hold it, or no extra
   3   the corpus, or what is imported, cannot be read, cannot be reached, or changed
-  4   the tokenizer cannot be loaded, or its backends disagree
+  4   the tokenizer cannot be loaded, its backends disagree, or it loses text in a comparison
   5   the data root is in use, foreign, of another recipe, or its records cannot be read
-  6   the disk is full or cannot be written, or a bucket cannot be reached or used
+  6   the disk is full or cannot be written, or a bucket or the hub cannot be reached or used
   7   the ledger does not balance: a bug
   8   the cluster is not there, or lost a task again and again
   70  a bug in tokenmill, with a traceback to report
@@ -63,7 +64,7 @@ def _verbose_option() -> click.Option:
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT, epilog=EXIT_CODES, params=[_verbose_option()])
-@click.version_option(package_name="tokenmill")
+@click.version_option(__version__)
 def cli() -> None:
     """Turn text corpora into training data for language models.
 

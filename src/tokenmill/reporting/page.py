@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
+from tokenmill import __version__
 from tokenmill.comparison.compare import Estimate
 from tokenmill.progress import count, duration
 from tokenmill.reporting import charts
@@ -57,7 +57,7 @@ def page(figures: Figures) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_file("page.html"))
     return template.render(
-        version=version("tokenmill"),
+        version=__version__,
         figures=figures,
         kind="View" if figures.view else "Data root",
         subtitle=_subtitle(figures),
