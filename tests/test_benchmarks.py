@@ -41,6 +41,11 @@ def test_shapes(tmp_path: Path, corpus: Path) -> None:
     assert [line.split()[0] for line in lines] == ["input", *(f"{shape}-0.0001" for shape in shapes), "c"]
 
 
+def test_report(tmp_path: Path) -> None:
+    lines = printed("report", tmp_path, "--documents", 500, "--rounds", 1).splitlines()
+    assert [line.split()[0] for line in lines] == ["500", "report", "stats", "stats"]
+
+
 def test_driver() -> None:
     assert "us a document" in printed("driver", "--documents", 20_000)
 

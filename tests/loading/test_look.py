@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import run_cli, write_parquet
 from support.reference import documents
@@ -21,6 +24,7 @@ from tokenmill.dataroot import manifest
 from tokenmill.loading import info as infos
 from tokenmill.loading import provenance
 from tokenmill.loading import stats as statistics
+from tokenmill.loading.data_root import Piece, TokenStream
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
@@ -172,6 +176,32 @@ def test_show_as_plain_text_and_its_beginning(made: Made) -> None:
     assert f"{made.seq_len - 3} tokens more" in first
     assert f"{made.seq_len - 3} tokens more" in run_cli("show", made.root, "--sample", 1, "--limit", 3).stdout
     assert run_cli("show", made.root, "--sample", 1, "--ids", "--plain").returncode == 2
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=9), min_size=1, max_size=30),
+    taken=st.integers(1, 4),
+    chunk=st.sampled_from([4, 16, 1 << 22]),
+)
+def test_hashes_of_tokens_are_equal_where_the_tokens_are(documents: list[list[int]], taken: int, chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokens.bin")
+        np.concatenate(documents).astype("<u2").tofile(path)
+        stream = TokenStream([Piece(path, sum(map(len, documents)))], np.dtype("<u2"))
+        ends = np.cumsum([len(each) for each in documents])
+        some = slice(None, None, taken)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tokenmill.loading.stats.CHUNK_TOKENS", chunk)
+            found = statistics.token_hashes(stream, (ends - [len(each) for each in documents])[some], ends[some])
+    for hashed, tokens in zip(found, documents[some], strict=True):
+        same = [other == tokens for other in documents[some]]
+        assert same == (found == hashed).tolist()
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60))
+def test_percentiles_from_counts_are_those_of_numpy(lengths: list[int]) -> None:
+    found = statistics.percentiles(*np.unique(lengths, return_counts=True))
+    assert list(found.values()) == pytest.approx(np.percentile(lengths, [float(name) for name in found]))
 
 
 def test_info(made: Made) -> None:

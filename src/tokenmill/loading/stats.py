@@ -23,8 +23,10 @@ from tokenmill.loading.view import OpenView, open_root
 from tokenmill.options import MAX_VALUES, OnBytes
 from tokenmill.recipe import SIDECAR_COLUMNS
 
-_CHUNK_TOKENS = 1 << 22
+CHUNK_TOKENS = 1 << 22
 _RESIDENT_NBYTES = 256 << 20
+_POINT = 0x9E3779B97F4A7C15
+"""Where the polynomial of `token_hashes` is evaluated; any large odd number would do."""
 _TOP = 20
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 _LISTED_DUPLICATES = 10
@@ -114,7 +116,7 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
     stream = _opened(found)
     if stream.tokens == 0:
         raise DataRootError(f"{root}: has no tokens", next_step="give another data root")
-    counts = token_counts(stream.chunks(_CHUNK_TOKENS), stream.tokens, stream.dtype.itemsize, on_progress)
+    counts = token_counts(stream.chunks(CHUNK_TOKENS), stream.tokens, stream.dtype.itemsize, on_progress)
     used = np.flatnonzero(counts)
     frequent = used[np.argsort(counts[used], kind="stable")[::-1][:_TOP]]
     backend = _backend_of(found)
@@ -205,7 +207,7 @@ def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids
     length, which = np.unique(np.concatenate([each for each, _ in lengths]), return_inverse=True)
     documents = np.bincount(which, np.concatenate([each for _, each in lengths])).astype(np.int64)
     return _DocumentFigures(
-        _percentiles(length, documents) | {"mean": float(np.dot(length, documents) / documents.sum())},
+        percentiles(length, documents) | {"mean": float(np.dot(length, documents) / documents.sum())},
         _histogram(length, documents),
         dict(sorted(by_source.items())),
         dict(sorted(text_nbytes.items())) if nbytes_of is not None else None,
@@ -220,7 +222,7 @@ def _sums_by(keys: pa.ChunkedArray, values: pa.ChunkedArray | pa.Array) -> dict[
     return dict(zip(names, sums["value_sum"].to_pylist(), strict=True))
 
 
-def _percentiles(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> dict[str, float]:
+def percentiles(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> dict[str, float]:
     """Return percentiles as `np.percentile` does of all documents, from how many there are of each length."""
     ends = np.cumsum(documents)
     position = np.array(_PERCENTILES) / 100 * (int(ends[-1]) - 1)
@@ -260,7 +262,7 @@ def _text_nbytes(table: pa.Table, stream: TokenStream, nbytes_of: NDArray[np.int
     first = 0
     while first < len(starts):
         begin = int(starts[first])
-        last = max(first + 1, int(np.searchsorted(ends, begin + _CHUNK_TOKENS, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
         sums = np.concatenate([[0], np.cumsum(nbytes_of[stream.read(begin, int(ends[last - 1]))])])
         found[first:last] = sums[ends[first:last] - begin] - sums[starts[first:last] - begin]
         first = last
@@ -318,15 +320,48 @@ def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
     hashes = every[:at]
     hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    counts: Counter[tuple[int, bytes]] = Counter()
+    del every, hashes
+    found_again: list[NDArray[np.uint64]] = []
     for table, stream in _tables(found) if len(repeated) else ():
-        hashes, starts, lengths = (table[name].to_numpy() for name in ("text_xxh3", "start", "tokens"))
-        for at in np.flatnonzero(np.isin(hashes, repeated, kind="sort")).tolist():
-            start = int(starts[at])
-            tokens = stream.read(start, min(start + int(lengths[at]), stream.tokens))
-            counts[int(hashes[at]), hashlib.sha256(tokens.tobytes()).digest()] += 1
-    several = [count for count in counts.values() if count > 1]
-    return RepeatedTexts(texts=len(several), documents=sum(several) - len(several))
+        text, starts, lengths = (table[name].to_numpy() for name in ("text_xxh3", "start", "tokens"))
+        again = np.isin(text, repeated, kind="sort")
+        ends = np.minimum(starts[again] + lengths[again], stream.tokens)
+        found_again.append(np.stack([text[again], token_hashes(stream, starts[again], ends)]))
+    if not found_again:
+        return RepeatedTexts(texts=0, documents=0)
+    pairs = np.concatenate(found_again, axis=1)
+    pairs = pairs[:, np.lexsort(pairs)]
+    begins = np.flatnonzero(np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0), [True]]))
+    several = np.diff(begins)
+    several = several[several > 1]
+    return RepeatedTexts(texts=len(several), documents=int(several.sum()) - len(several))
+
+
+def token_hashes(stream: TokenStream, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return a hash of the tokens of each document, which lie in the order of the stream, shape `(documents,)`.
+
+    It is the polynomial of the tokens, and their number, at a fixed odd number, modulo 2**64: enough to confirm that
+    documents with one hash of their text are the same.
+    """
+    found = np.empty(len(starts), np.uint64)
+    lengths = ends - starts
+    powers = np.multiply.accumulate(np.full(min(CHUNK_TOKENS, int(lengths.max(initial=0))) + 1, _POINT, np.uint64))
+    first = 0
+    while first < len(starts):
+        begin = int(starts[first])
+        last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
+        if int(lengths[first]) > CHUNK_TOKENS:
+            digest = hashlib.sha256(stream.read(begin, int(ends[first])).tobytes()).digest()
+            found[first] = int.from_bytes(digest[:8], "little")
+        else:
+            some = lengths[first:last]
+            offsets = np.cumsum(some) - some
+            within = np.arange(int(some.sum())) - np.repeat(offsets, some)
+            places = within + np.repeat(starts[first:last] - begin, some)
+            terms = stream.read(begin, int(ends[last - 1]))[places] * powers[within]
+            found[first:last] = np.add.reduceat(terms, offsets) + some.astype(np.uint64) * powers[some]
+        first = last
+    return found
 
 
 def _backend_of(found: DataRoot | OpenView) -> HFBackend | None:
