@@ -288,7 +288,7 @@ def _display(detail: Callable[[int, int, float], str], *, quiet: bool) -> Iterat
 
         def tick() -> None:
             now = time.monotonic()
-            if latest and now >= due[0]:
+            if latest and now >= due[0] and latest[0][0] < latest[0][1]:
                 due[0] = now + seconds
                 done, total = latest[0]
                 rate = done / max(1e-9, now - started)

@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+import tokenmill
 from conftest import command, run_cli, write_parquet
 from tokenmill import errors, progress
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.progress import Progress, ProgressRow
 from tokenmill.recipe import Recipe
+from tokenmill.views.spec import ViewSource, ViewSpec
 
 
 def phases(reports: list[Progress]) -> list[str]:
@@ -170,3 +174,31 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(
 def test_errors_of_a_run_are_not_lost_behind_its_progress(tmp_path: Path) -> None:
     with pytest.raises(errors.SourceError):
         pretokenize(Recipe(dataset=str(tmp_path / "no"), tokenizer=str(TOKENIZER)), tmp_path / "out", progress=True)
+
+
+def test_every_long_function_shows_progress_from_python(tmp_path: Path, recipe: Recipe) -> None:
+    """The callback gets what is shown; the last report is of all."""
+    root = tmp_path / "out"
+    pretokenize(recipe, root)
+    spec = ViewSpec(seq_len=64, sources=[ViewSource(name="a", root=str(root))])
+    calls: list[tuple[int, int]] = []
+
+    def tell(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    how: dict[str, Any] = {"progress": True, "on_progress": tell}
+    steps: dict[str, Callable[[], object]] = {
+        "consolidate": lambda: tokenmill.consolidate(root, **how),
+        "verify": lambda: tokenmill.verify(root, **how),
+        "upload": lambda: tokenmill.upload(root, str(tmp_path / "there"), **how),
+        "download": lambda: tokenmill.download(str(tmp_path / "there"), tmp_path / "back", **how),
+        "export": lambda: tokenmill.export(root, tmp_path / "megatron", "megatron", copy=True, **how),
+        "import_data": lambda: tokenmill.import_data(tmp_path / "megatron", tmp_path / "imported", "megatron", **how),
+        "build_view": lambda: tokenmill.build_view(spec, tmp_path / "view", **how),
+    }
+    for name, step in steps.items():
+        calls.clear()
+        step()
+        assert calls, name
+        done, total = calls[-1]
+        assert 0.9 * total <= done <= total, (name, calls[-1])

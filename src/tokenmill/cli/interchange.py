@@ -55,12 +55,16 @@ def export(
     from tokenmill.cli import wording
     from tokenmill.interchange.export import export as write
     from tokenmill.interchange.export import plan_export
+    from tokenmill.progress import byte_display
 
     if dry_run:
         found = plan_export(data_root, out, to, validation=validation)
     else:
-        with end_on_signals(lambda: f"finished files are kept in {out}; {RESUME}"):
-            found = write(data_root, out, to, validation=validation, copy=copy)
+        with (
+            end_on_signals(lambda: f"finished files are kept in {out}; {RESUME}"),
+            byte_display(quiet=quiet or as_json) as on_progress,
+        ):
+            found = write(data_root, out, to, validation=validation, copy=copy, on_progress=on_progress)
     if as_json or not quiet:
         print_result(found, wording.export_lines(found), as_json=as_json)
 

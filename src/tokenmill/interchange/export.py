@@ -32,6 +32,8 @@ from tokenmill.interchange.output import (
     save_export,
 )
 from tokenmill.interchange.torchtitan import TorchTitan
+from tokenmill.options import OnBytes
+from tokenmill.progress import also_shown
 
 FORMATS: dict[str, Format] = {
     each.name: each
@@ -81,6 +83,8 @@ def export(
     *,
     validation: Path | str | None = None,
     copy: bool = False,
+    on_progress: OnBytes = lambda done, total: None,
+    progress: bool = False,
 ) -> ExportReport:
     """Write a data set in the format of a trainer, or continue an earlier export.
 
@@ -90,6 +94,8 @@ def export(
         to: a name of `FORMATS`.
         validation: a data root or a view that becomes the validation set.
         copy: whether `tokens.bin` is copied where it could be linked.
+        on_progress: called with bytes written and, about, bytes to write.
+        progress: show it on standard error, or in the notebook, as the command line does.
 
     Raises:
         ExportError: the format cannot hold the data set, or `out` holds something else.
@@ -103,12 +109,20 @@ def export(
     record = _record(out, kind, datasets)
     if record.complete and all(is_written(out, record, name) for name in record.files):
         return _finished(_report(out, kind, datasets, {}), record, "already complete", started)
-    require_room(out, sum(size for name, size in _planned_files(kind, datasets).items() if name not in record.files))
+    total = sum(size for name, size in _planned_files(kind, datasets).items() if name not in record.files)
+    require_room(out, total)
     atomic.make_root(out)
-    with lock_data_root(out):
+    written = 0
+    with lock_data_root(out), also_shown(on_progress, wanted=progress) as tell:
+
+        def count(nbytes: int) -> None:
+            nonlocal written
+            written += nbytes
+            tell(written, max(total, written))
+
         record.complete = False
         save_export(out, record)
-        output = Output(out, record, copy=copy)
+        output = Output(out, record, copy=copy, on_written=count)
         try:
             for split, dataset in datasets.items():
                 kind.write(dataset, split, output)

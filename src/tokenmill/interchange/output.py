@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,15 @@ def load_export(folder: Path) -> ExportRecord | None:
 class OutputFile:
     """A file that is being written; its SHA-256 is made on a thread meanwhile."""
 
-    def __init__(self, file: atomic.AtomicFile, hashing: ThreadPoolExecutor, syncing: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        file: atomic.AtomicFile,
+        hashing: ThreadPoolExecutor,
+        syncing: ThreadPoolExecutor,
+        on_written: Callable[[int], None],
+    ) -> None:
         self._file = file
+        self._on_written = on_written
         self._hashing = hashing
         self._syncing = syncing
         self._synced: Future[None] | None = None
@@ -117,6 +124,7 @@ class OutputFile:
             self._hashed.result()
         self._hashed = self._hashing.submit(self._sha256.update, view)
         self._file.write(view)
+        self._on_written(len(view))
         self.nbytes += len(view)
         self._unsynced_nbytes += len(view)
         if self._unsynced_nbytes >= _SYNC_NBYTES and (self._synced is None or self._synced.done()):
@@ -156,10 +164,14 @@ class Output:
         folder: the directory; made if it does not exist.
         record: of the export; files that an earlier run finished are in it.
         copy: whether files are never linked.
+        on_written: called with the bytes that were just written.
     """
 
-    def __init__(self, folder: Path, record: ExportRecord, *, copy: bool) -> None:
+    def __init__(
+        self, folder: Path, record: ExportRecord, *, copy: bool, on_written: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
         self.folder = folder
+        self._on_written = on_written
         self.record = record
         self._copy = copy
         for partial in folder.rglob(f"*{layout.PARTIAL_SUFFIX}"):
@@ -194,7 +206,7 @@ class Output:
             path.parent.mkdir(parents=True, exist_ok=True)
         file = atomic.AtomicFile(path)
         try:
-            output = OutputFile(file, self._hashing, self._publishing)
+            output = OutputFile(file, self._hashing, self._publishing, self._on_written)
             yield output
             output.await_sync()
         except BaseException:

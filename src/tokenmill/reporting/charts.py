@@ -26,6 +26,7 @@ _HEIGHT = 240
 _FLOW_HEIGHT = 46
 """Of an outcome in a flow, however few rows it has."""
 _STEPS = 24
+_THINNEST = 0.008
 _COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 _TEXT = "currentColor"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
@@ -157,7 +158,7 @@ def flow(flows: Sequence[Flow]) -> Spec:
     left, right = (_stacked(drawn, names, space) for names in ("source", "target"))
     ribbons = []
     for number, each in enumerate(drawn):
-        thick = each.count / total
+        thick = _thick(each, total)
         for step in range(_STEPS + 1):
             x = step / _STEPS
             ease = x * x * (3 - 2 * x)
@@ -173,7 +174,7 @@ def flow(flows: Sequence[Flow]) -> Spec:
                     "count": each.count,
                 }
             )
-    bottom = max(at + each.count / total for side in (left, right) for at, each in zip(side, drawn, strict=True))
+    bottom = max(at + _thick(each, total) for side in (left, right) for at, each in zip(side, drawn, strict=True))
     x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, 1]))
     y = alt.Y("top:Q", axis=None, scale=alt.Scale(domain=[bottom, -0.04]))
     colour = alt.Color("target:N", sort=targets, legend=None)
@@ -205,6 +206,11 @@ def flow(flows: Sequence[Flow]) -> Spec:
     return _finished(alt.layer(area, rectangles, *texts), "Flow of rows or documents to their outcomes", height=height)
 
 
+def _thick(flow: Flow, total: int) -> float:
+    """Return how thick a ribbon is; the thinnest ones are drawn so that they can be seen."""
+    return max(_THINNEST, flow.count / total)
+
+
 def _stacked(flows: Sequence[Flow], side: str, space: float) -> list[float]:
     """Return where each ribbon begins on one side: those of one node together, nodes at least `space` apart."""
     total = sum(each.count for each in flows)
@@ -215,7 +221,7 @@ def _stacked(flows: Sequence[Flow], side: str, space: float) -> list[float]:
         for number, each in enumerate(flows):
             if getattr(each, side) == node:
                 begins[number] = at
-                at += each.count / total
+                at += _thick(each, total)
         at = max(at + 0.05, first + space)
     return begins
 
@@ -229,7 +235,8 @@ def _labels(flows: Sequence[Flow], begins: Sequence[float], side: str, x: float)
         count = sum(flows[number].count for number in mine)
         top = min(begins[number] for number in mine)
         text = f"{name}: {count:,} ({count / total:.2%})"
-        labels.append({"x": x, "top": top, "bottom": top + count / total, "label": text})
+        thick = sum(_thick(flows[number], total) for number in mine)
+        labels.append({"x": x, "top": top, "bottom": top + thick, "label": text})
     return labels
 
 
