@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everyone calls it
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenmill import EpochSampler, ReceiptWriter, SequentialSampler
+from tokenmill import EpochSampler, ReceiptWriter, SequentialSampler, TokenmillError
 from tokenmill.torch import SharedShardedDataset, TokenDataset, loader
 
 
@@ -108,6 +108,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint"), help="directory")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
+    parser.add_argument("--validation", metavar="DATA_ROOT", help="data set or view whose loss is told at the end")
     parser.add_argument("--drop-in", type=int, metavar="SEQ_LEN", help="use Templar's SharedShardedDataset instead")
     return parser.parse_args()
 
@@ -121,12 +122,16 @@ class State:
     step: int = 0
     samples: int = 0
     """Consumed by all ranks together in all epochs: all there is to remember of the data."""
+    data: str = ""
+    """Digest of the data set that they are samples of; empty with Templar's class, which has none."""
 
     def load(self, folder: Path) -> None:
         """From a checkpoint, if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "model.pt").exists():
             saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+            if saved["data"] != self.data:
+                raise SystemExit(f"{folder}: is of a run on other data; give another --checkpoint, or delete it")
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.samples = saved["step"], saved["samples"]
@@ -135,7 +140,7 @@ class State:
         """Whole or not at all."""
         partial = folder / "model.pt.partial"
         saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(saved | {"step": self.step, "samples": self.samples}, partial)
+        torch.save(saved | {"step": self.step, "samples": self.samples, "data": self.data}, partial)
         partial.replace(folder / "model.pt")
 
 
@@ -174,23 +179,43 @@ def main() -> None:
     if options.data_root:
         os.environ["DATASET_BINS_PATH"] = options.data_root
     drop_in = options.drop_in and SharedShardedDataset(options.drop_in, world.rank, world.size)
-    dataset = drop_in or TokenDataset(
-        fields=("input_ids", "labels", "position_ids", "source"), mask_across_documents=True
-    )
+    dataset = drop_in or open_data()
     if len(dataset) < options.batch:
         raise SystemExit(f"--batch {options.batch}: the data set has {len(dataset)} samples")
     torch.manual_seed(options.seed)  # the same initial model everywhere
     vocab_size = options.vocab_size or dataset.data.vocab_size or 1 << 16
     model = Llama(vocab_size, options.width, options.layers, options.heads).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.95), fused=True)
-    state = State(model, optimizer)
+    state = State(model, optimizer, data="" if drop_in else dataset.data.samples_sha256)
     state.load(options.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     world.say(f"{dataset.data}: {millions:.1f} M parameters, {world.size} ranks, goes on from step {state.step}")
     world.say(f"knowing no more than how frequent each token is would be loss {unigram_loss(dataset, vocab_size):.4f}")
     train(state, dataset, options, world)
+    if options.validation:
+        world.say(f"validation loss {validation_loss(model, open_data(options.validation), options, world):.4f}")
     if world.size > 1:
         dist.destroy_process_group()
+
+
+def open_data(root: str | None = None) -> TokenDataset:
+    fields = ("input_ids", "labels", "position_ids", "source")
+    try:
+        return TokenDataset(root, fields=fields, mask_across_documents=True)
+    except TokenmillError as error:
+        raise SystemExit(str(error)) from None
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, dataset: TokenDataset, options: argparse.Namespace, world: World) -> float:
+    """Over the whole data set, each rank taking its share, in nats per target."""
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sampler = SequentialSampler(len(dataset), world.rank, world.size)
+    for batch in loader(dataset, sampler, batch_size=options.batch, drop_last=False):
+        pieces = [part.to(world.device, torch.int64) for part in cut(batch, options.context)[:3]]
+        sums += torch.stack([model(*pieces).sum(), (pieces[1] != -100).sum()]).double()
+    loss, targets = world.sum(sums).tolist()
+    return loss / targets
 
 
 def train(state: State, dataset: TokenDataset, options: argparse.Namespace, world: World) -> None:

@@ -33,6 +33,8 @@ _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _COUNT = re.compile(r"([+-]?)(\d[\d_]*(?:\.\d+)?)(?:e(\d{1,2}))?\s*([kmgbt]?|[kmgt]i)", re.IGNORECASE)
 MAX_VALUES = 10_000
 """Different values of a metadata column that statistics count tokens by."""
+MOST_GROUPS = 20
+"""Source files, and values of a column, that a comparison gives figures for: those with the most text."""
 LARGEST_COUNT = (1 << 63) - 1
 """Counts and sizes are stored as signed 64-bit integers."""
 

@@ -6,6 +6,7 @@ The one module that imports `rich`.
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -31,6 +32,8 @@ _RATE_WINDOW_SECONDS = 30.0
 PROGRESS = "progress "
 """Begins the rows of a log."""
 _LOG_TAIL_NBYTES = 1 << 16
+_ENDED = re.compile(rb" INFO interrupted$| ERROR ", re.MULTILINE)
+"""What a run logs last when it does not come to its end."""
 """The last row is looked for in so many bytes."""
 
 TOKENIZING = "tokenizing"
@@ -219,14 +222,17 @@ def logged_rows(path: Path) -> list[ProgressRow]:
 
 
 def last_logged_row(path: Path) -> ProgressRow | None:
-    """Return the last row of a data root's log; None where there is none."""
+    """Return the last row of a data root's log; None where there is none, or the run said after it that it ended."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _LOG_TAIL_NBYTES))
             lines = file.readlines()
     except OSError:
         return None
-    return next((row for line in reversed(lines) if (row := _row_of(line)) is not None), None)
+    for line in reversed(lines):
+        if (row := _row_of(line)) is not None or _ENDED.search(line) is not None:
+            return row
+    return None
 
 
 def _row_of(line: bytes) -> ProgressRow | None:

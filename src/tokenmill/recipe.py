@@ -226,6 +226,12 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
     try:
         return msgspec.convert(fields, Recipe)
     except msgspec.ValidationError as error:
+        missing = re.fullmatch(r"Object missing required field `(\w+)`", str(error))
+        if missing is not None:
+            raise RecipeError(
+                f"{'no recipe is given' if source is None else f'recipe {source}'}: {missing[1]} is missing",
+                next_step=f"give --{missing[1].replace('_', '-')}, or {missing[1]} = ... in a recipe",
+            ) from None
         fields_known = ", ".join(Recipe.__struct_fields__)
         raise RecipeError(
             f"recipe {source or '(defaults)'}: {error}",

@@ -48,6 +48,8 @@ def show(data_root: Path, *, sample: int, with_ids: bool, plain: bool, limit: in
     if plain and with_ids:
         raise click.UsageError("--plain contradicts --ids")
     found = provenance.show(data_root, sample)
+    if as_json and limit is not None:
+        found = found._replace(tokens=found.tokens[:limit])
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if plain:
         lines = wording.plain_lines(found, limit)

@@ -319,7 +319,8 @@ def run(
     if not quiet:
         show_messages()
     atomic.make_root(output)
-    log_to(output)
+    if not _is_corpus(output, recipe):
+        log_to(output)
     shown_recipe = msgspec.structs.replace(recipe, dataset=without_secrets(recipe.dataset))
     log.info("pretokenize %s: %s", output, msgspec.json.encode(shown_recipe).decode())
     catch_signals(lambda: _describe_done(output), RAY_GRACE_SECONDS if options.get("engine") else GRACE_SECONDS)
@@ -344,6 +345,12 @@ def run(
     if as_json or not quiet or (summary.proof is not None and not summary.proof.passed):
         print_result(summary, wording.summary_lines(summary, said), as_json=as_json)
     return summary
+
+
+def _is_corpus(output: Path, recipe: Recipe) -> bool:
+    """Return whether a run would write into its own corpus, which is refused; a log would become a part of it."""
+    datasets = [recipe.dataset] if isinstance(recipe.dataset, str) else recipe.dataset
+    return any("://" not in dataset and Path(dataset).resolve() == output.resolve() for dataset in datasets)
 
 
 def _print_plan(recipe: Recipe, output: Path, as_json: bool, *, workers: int, keep_local: bool, **options: Any) -> None:

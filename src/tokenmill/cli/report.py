@@ -33,7 +33,7 @@ def report(data_root: Path, *, output: Path, comparison: Path | None, quiet: boo
 
     The page has how the data set was made, what became of every row, tokens by source and value, lengths,
     frequencies, duplicates, order, mixture, packing, the run, digests, and a hundred random samples to look into.
-    Requires the extra report. The page holds text of the data set: share it as you would share that.
+    Requires the extra report. The page holds text of the data set and paths of its sources: share it as such.
 
     \b
     Example:

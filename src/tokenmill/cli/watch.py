@@ -56,7 +56,7 @@ def _states(root: Path) -> Iterator[tuple[ProgressRow | None, manifests.Manifest
         if changed != read[0]:
             read = (changed, manifests.load(root))
         row = last_logged_row(root / layout.LOG)
-        if row is None and read[1] is None:
+        if row is None and read[1] is None and not (root / layout.LOG).is_file():
             raise DataRootError(
                 f"{root}: no run is at work here: expected {layout.MANIFEST} or {layout.LOG}, found neither",
                 next_step="give the directory that tokenmill pretokenize writes to",
@@ -70,7 +70,7 @@ def _line(row: ProgressRow | None, manifest: manifests.Manifest | None) -> str:
     if manifest is not None and manifest.complete:
         return f"complete: {kept}"
     if row is None:
-        return f"{kept}; no log says how far the run is"
+        return f"{kept}; the log tells of no run at work: it was stopped, or says nothing of its progress"
     silent = time.time() - row.time
     if silent > _SILENT_SECONDS:
         return f"{kept}; the run has said nothing for {duration(silent // 60 * 60)}: it has ended, or was killed"

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from tokenmill.dataroot.layout import SAMPLE_IDS, SCHEDULE_PERIOD, SKIPPED, TOKENS
-from tokenmill.options import MAX_VALUES
+from tokenmill.options import MAX_VALUES, MOST_GROUPS
 from tokenmill.progress import count, duration
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
@@ -468,7 +468,7 @@ def stats_lines(found: Stats, *, every: bool = False) -> list[str]:
             f"same text     {_plural(texts, 'text')} more than once, {_plural(documents, 'document')} too many"
         )
     if found.duplicates is None:
-        lines.append("duplicates    not known: no sample ids are stored (tokenmill consolidate makes them)")
+        lines.append("duplicates    not known: no sample ids are stored (tokenmill consolidate makes a data root's)")
     else:
         same = found.duplicates
         lines.append(f"duplicates    {same.ids:,} sample ids occur more than once, {same.samples:,} samples too many")
@@ -645,8 +645,12 @@ def comparison_lines(found: Comparison) -> list[str]:
             f"{count(each.tokens_per_second)}/s, {each.nbytes_per_second / 1e6:.0f} MB/s" for each in found.tokenizers
         ],
         "by": [each.engine for each in found.tokenizers],
-        "longest tokens": [", ".join(f"{token.text!r:.24}" for token in each.longest[:3]) for each in found.tokenizers],
+        "longest tokens": [
+            ", ".join(f"{token.text[:12]!r}" for token in each.longest[:2]) for each in found.tokenizers
+        ],
     }
+    if len(found.tokenizers) == 1:
+        del rows["tokens, to the first"]
     lines += ["", *_columns(rows)]
     first = found.tokenizers[0]
     groups = {"source file": [each.by_source for each in found.tokenizers]}
@@ -655,6 +659,8 @@ def comparison_lines(found: Comparison) -> list[str]:
         table = {f"bytes per token by {what}": [each.name for each in found.tokenizers]}
         table |= {name: [_estimate(each[name]) for each in estimates] for name in estimates[0]}
         lines += ["", *_columns(table)]
+        if len(estimates[0]) == MOST_GROUPS:
+            lines.append(f"(those with the most text, at most {MOST_GROUPS})")
     return [*lines, *(f"note: {note}" for note in found.notes)]
 
 

@@ -21,12 +21,11 @@ from tokenmill.encoding.encoder import SPECIAL, Encoder, SpanTexts
 from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import RecipeError, TokenizerError
-from tokenmill.options import StoreOptions
+from tokenmill.options import MOST_GROUPS, StoreOptions
 from tokenmill.recipe import MetadataColumn
 
 SAMPLE_NBYTES = 16 << 20
-_MOST_GROUPS = 20
-"""Source files, and values of a column, that figures are given for: those with the most text."""
+_TIMED_NBYTES = 1_000_000
 _BACK_NBYTES = 2 << 20
 """Text that is decoded again, to see whether it comes back."""
 _MOST_LOST = 0.01
@@ -142,7 +141,8 @@ def compare_tokenizers(
     except ValueError as error:
         raise RecipeError(f"metadata_columns: {error}", next_step="write [NAME=]PATH[:TYPE]") from None
     encoders = [
-        Encoder(load_tokenizer(name), backend="auto", special_in_text="parse", dtype="uint32") for name in tokenizers
+        Encoder(load_tokenizer(name, needs_eos=False), backend="auto", special_in_text="parse", dtype="uint32")
+        for name in tokenizers
     ]
     corpus = find_corpus(dataset, text_column, text_separator, store, metadata=columns)
     try:
@@ -171,6 +171,13 @@ def compare_tokenizers(
         for each in found
         if each.lost_share
     ]
+    notes += [f"{path}: rows were left out: {reason}" for path, reason in list(sample.bad.items())[:MOST_GROUPS]]
+    columns_of: Any = sample.metadata
+    for name in columns_of.column_names if columns_of is not None else ():
+        if columns_of[name].null_count == len(columns_of):
+            notes.append(f"no document of the sample has a value for the metadata column {name}")
+    if int(sizes.nbytes.sum()) < _TIMED_NBYTES:
+        notes.append(f"speeds are of less than {_TIMED_NBYTES / 1e6:.0f} MB of text, and so are hardly comparable")
     if sample.is_from_beginnings:
         notes.append("files that are not parquet gave their first documents: the intervals do not know of the others")
     return Comparison(
@@ -271,7 +278,7 @@ def _by_group(
     group: NDArray[np.int64], names: Sequence[str], nbytes: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> dict[str, Estimate]:
     text = np.bincount(group, nbytes, minlength=len(names))
-    largest = np.argsort(-text, kind="stable")[:_MOST_GROUPS].tolist()
+    largest = np.argsort(-text, kind="stable")[:MOST_GROUPS].tolist()
     return {names[each]: ratio(nbytes[group == each], tokens[group == each]) for each in largest if text[each]}
 
 

@@ -38,6 +38,8 @@ class Sample(NamedTuple):
     corpus_text_nbytes: int
     is_from_beginnings: bool
     """Whether files that cannot be read from the middle gave their first documents only."""
+    bad: dict[str, str]
+    """Of files with rows that were left out for being bad, the reason of the first one."""
 
 
 def take_sample(corpus: Corpus, nbytes: int) -> Sample:
@@ -57,6 +59,8 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
     metadata: list[pa.Table] = []
     file: list[int] = []
     documents = text_nbytes = 0.0
+    bad_rows: dict[str, str] = {}
+    is_cut = False
     for number, index in enumerate(chosen):
         figures = corpus.open(index, span_rows=_SPAN_ROWS).figures()
         if figures.rows == 0:
@@ -67,18 +71,23 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
             strings, bad = validated_texts([found])
             has_text = pc.greater(pc.binary_length(strings), 0).fill_null(False).to_numpy(zero_copy_only=False).copy()
             has_text[list(bad)] = False
+            if bad:
+                bad_rows.setdefault(corpus.files[index].path, next(iter(bad.values())))
             texts.append(strings.filter(pa.array(has_text)))
             looked_at, kept = looked_at + len(strings), kept + len(texts[-1])
             held += pc.sum(pc.binary_length(texts[-1])).as_py() or 0
             file += [number] * len(texts[-1])
             if found.metadata is not None:
                 metadata.append(found.metadata.filter(pa.array(has_text)))
+        is_cut = is_cut or looked_at < figures.rows
         documents += scale * figures.rows * kept / max(1, looked_at)
         text_nbytes += scale * figures.rows * held / max(1, looked_at)
     if not file:
+        found_bad = "".join(f"; {path}: {reason}" for path, reason in list(bad_rows.items())[:3])
+        names = corpus.name_of(corpus.files[0].path) if count == 1 else f"{corpus.location.name}: {count} files"
         raise SourceError(
-            f"{corpus.location.name}: {count} files, and no text in those that were looked at",
-            next_step="name the text column with --text-column",
+            f"{names}: no text in what was looked at{found_bad}",
+            next_step="give files that have text; another column than 'text' is named with --text-column",
         )
     return Sample(
         concatenate(texts).cast(pa.large_string()),
@@ -88,7 +97,8 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
         count,
         round(documents),
         round(text_nbytes),
-        any(format_of(corpus.files[index].path) != "parquet" for index in chosen),
+        is_cut and any(format_of(corpus.files[index].path) != "parquet" for index in chosen),
+        bad_rows,
     )
 
 

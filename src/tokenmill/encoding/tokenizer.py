@@ -133,17 +133,21 @@ def with_special_tokens(tokenizer: TokenizerFile, recipe: Recipe) -> TokenizerFi
     return tokenizer
 
 
-def load_tokenizer(name: str, *, eos_token: str | None = None, revision: str | None = None) -> TokenizerFile:
+def load_tokenizer(
+    name: str, *, eos_token: str | None = None, revision: str | None = None, needs_eos: bool = True
+) -> TokenizerFile:
     """Find and read a tokenizer: a directory, a `tokenizer.json`, or a hub name (`owner/name[@revision]`).
+
+    Where no end-of-sequence token is needed and none is configured, any token of the vocabulary stands in for it.
 
     Raises:
         TokenizerError: not found, not a tokenizer, or no end-of-sequence token.
     """
     path = Path(name)
     if path.is_dir():
-        return _read(name, path / "tokenizer.json", eos_token, None)
+        return _read(name, path / "tokenizer.json", eos_token, None, needs_eos=needs_eos)
     if path.is_file():
-        return _read(name, path, eos_token, None)
+        return _read(name, path, eos_token, None, needs_eos=needs_eos)
     hub_name, _, given_revision = name.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", hub_name) or path.suffix in (".json", ".model"):
         raise TokenizerError(
@@ -153,10 +157,10 @@ def load_tokenizer(name: str, *, eos_token: str | None = None, revision: str | N
     from tokenmill.remote.hub import fetch_tokenizer
 
     fetched = fetch_tokenizer(hub_name, revision or given_revision or None)
-    return _read(name, fetched.path, eos_token, fetched.revision)
+    return _read(name, fetched.path, eos_token, fetched.revision, needs_eos=needs_eos)
 
 
-def _read(name: str, path: Path, eos_token: str | None, revision: str | None) -> TokenizerFile:
+def _read(name: str, path: Path, eos_token: str | None, revision: str | None, *, needs_eos: bool) -> TokenizerFile:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -170,6 +174,8 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None) ->
     if not ids:
         raise TokenizerError(f"tokenizer {name}: {path} has an empty vocabulary", next_step=_GIVE_HF)
     eos = eos_token or _configured(name, path.parent, "eos_token")
+    if eos is None and not needs_eos:
+        eos = next(iter(ids))
     if eos is None:
         raise TokenizerError(
             f"tokenizer {name}: no end-of-sequence token: expected eos_token in tokenizer_config.json "

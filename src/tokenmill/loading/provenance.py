@@ -121,6 +121,11 @@ def where_row(root: Path, source: str, row: int) -> Samples:
         )
     hit = index.find_row(source, row)
     if hit is None:
+        if file.rows is not None and row >= file.rows:
+            raise QueryError(
+                f"row {row} of {source}: the file has {file.rows} rows",
+                next_step=f"ask for one from 0 to {file.rows - 1}" if file.rows else "ask for a row of another file",
+            )
         rows = "which was not reached" if file.rows is None else f"which has {file.rows} rows"
         raise QueryError(
             f"row {row} of {source}, {rows}, is in no sample: it has no text, lies after the end of the stream, or is "

@@ -100,7 +100,8 @@ class Stats(msgspec.Struct, kw_only=True):
     rank_frequency: list[tuple[int, int]]
     """Ranks of tokens, the most frequent being 1, and how often that token occurs; about 30 to a factor of ten."""
     control_tokens: list[TokenCount] | None
-    """Control tokens besides EOS and BOS that occur; None where the tokenizer is not at hand."""
+    """Control tokens that stand in the text: EOS and BOS without those that surround documents, and not of views that
+    draw or pack samples; None where the tokenizer is not at hand."""
     duplicates: Duplicates | None
     repeated_texts: RepeatedTexts | None
     """None where the sidecars have no hashes of text."""
@@ -120,7 +121,7 @@ def stats(root: Path, *, on_progress: OnBytes = lambda done, total: None) -> Sta
     used = np.flatnonzero(counts)
     frequent = used[np.argsort(counts[used], kind="stable")[::-1][:_TOP]]
     backend = _backend_of(found)
-    figures = _document_figures(found, backend, len(counts))
+    figures = _document_figures(found, backend)
     tokens = int(counts.sum())  # without padding
     return Stats(
         tokens=tokens,
@@ -185,7 +186,7 @@ class _DocumentFigures(NamedTuple):
     by_value: dict[str, dict[str, int] | None] | None = None
 
 
-def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids: int) -> _DocumentFigures:
+def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None) -> _DocumentFigures:
     if found.tokenizer is None:
         return _DocumentFigures()
     lengths: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
@@ -193,7 +194,7 @@ def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None, ids
     by_source: Counter[str] = Counter()
     by_value: dict[str, dict[str, int] | None] = {}
     text_nbytes: Counter[str] = Counter()
-    nbytes_of = _nbytes_of_ids(found, backend, ids)
+    nbytes_of = _nbytes_of_ids(found, backend)
     for table, stream in _tables(found):
         lengths.append(np.unique(table["tokens"].to_numpy(), return_counts=True))
         by_source.update(_sums_by(table["source"], table["tokens"]))
@@ -242,13 +243,16 @@ def _histogram(lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> list[Le
     return [LengthBin(*row) for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
 
 
-def _nbytes_of_ids(found: DataRoot | OpenView, backend: HFBackend | None, ids: int) -> NDArray[np.int64] | None:
-    """Return the bytes of text that each id stands for, shape `(ids,)`; what surrounds documents is no text."""
+def _nbytes_of_ids(found: DataRoot | OpenView, backend: HFBackend | None) -> NDArray[np.int64] | None:
+    """Return the bytes of text that each id stands for, and a 0 for those after the last, shape `(vocab_size + 1,)`.
+
+    What surrounds documents is no text.
+    """
     recorded = found.tokenizer
     if backend is None or recorded is None:
         return None
-    nbytes = backend.nbytes_of(list(range(min(ids, recorded.vocab_size))))
-    nbytes = np.pad(nbytes, (0, ids - len(nbytes)))
+    ids = recorded.vocab_size
+    nbytes = np.append(backend.nbytes_of(list(range(ids))), 0)
     framing = [recorded.eos_id, recorded.bos_id, *(recorded.fim_ids or ())]
     nbytes[[token for token in framing if token is not None and token < ids]] = 0
     return nbytes
@@ -263,7 +267,8 @@ def _text_nbytes(table: pa.Table, stream: TokenStream, nbytes_of: NDArray[np.int
     while first < len(starts):
         begin = int(starts[first])
         last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
-        sums = np.concatenate([[0], np.cumsum(nbytes_of[stream.read(begin, int(ends[last - 1]))])])
+        tokens = stream.read(begin, int(ends[last - 1]))
+        sums = np.concatenate([[0], np.cumsum(nbytes_of[np.minimum(tokens, len(nbytes_of) - 1)])])
         found[first:last] = sums[ends[first:last] - begin] - sums[starts[first:last] - begin]
         first = last
     return found
@@ -291,9 +296,22 @@ def _control_tokens(
     recorded = found.tokenizer
     if backend is None or recorded is None:
         return None
-    framing = {recorded.eos_id, recorded.bos_id, *(recorded.fim_ids or ())}
-    ids = [token for token in backend.control_ids() if token not in framing and token < len(counts) and counts[token]]
-    return _token_counts(np.array(sorted(ids, key=lambda token: -counts[token]), np.int64), counts, backend)
+    inside = counts.copy()
+    around = {recorded.eos_id: _ended(found, recorded.eos_id), recorded.bos_id: found.document_count or 0}
+    for token, times in (around | {token: int(inside.max()) for token in recorded.fim_ids or ()}).items():
+        if token is not None:
+            inside[token : token + 1] -= times
+    ids = [token for token in backend.control_ids() if token < len(inside) and inside[token] > 0]
+    return _token_counts(np.array(sorted(ids, key=lambda token: -inside[token]), np.int64), inside, backend)
+
+
+def _ended(found: DataRoot | OpenView, eos_id: int) -> int:
+    """Return how many EOS end documents; of views that draw or pack samples, more than there can be."""
+    documents = found.document_count or 0
+    if isinstance(found, OpenView):
+        return documents if found.view.packing == "concat" and not found.view.stages else 1 << 62
+    stream = found.tokens()
+    return documents - int(stream.read(stream.tokens - 1, stream.tokens)[0] != eos_id)
 
 
 def _tables(found: DataRoot | OpenView) -> Iterator[tuple[pa.Table, TokenStream]]:

@@ -52,20 +52,26 @@ def find_new_files(recipe: Recipe, earlier: Sequence[Path], store: StoreOptions)
     new = [path for path in found if path not in known]
     if not new:
         raise SourceError(
-            f"{corpus.location.name}: none of its {len(found)} files is new: the earlier data roots have them all",
+            f"{corpus.location.name}: none of its {len(found)} files is new: the earlier data roots have them all"
+            + "".join(f"; {note}" for note in cut_short(earlier)),
             next_step="leave --only-new out to make all of them, or do nothing",
         )
     return new
 
 
 def cut_short(earlier: Sequence[Path]) -> list[str]:
-    """Return a note for each earlier data root that stopped at `total_tokens`: the rest of its files is in none."""
-    found = [(root, manifests.load(root)) for root in earlier]
-    return [
-        f"{root}: stopped at {manifest.recipe.total_tokens} tokens, so documents of its files are in no data root"
-        for root, manifest in found
-        if manifest is not None and manifest.recipe.total_tokens == manifest.tokens
-    ]
+    """Return a note for each earlier data root that has not all of its files: the rest of these is in none."""
+    notes = []
+    for root in earlier:
+        manifest = manifests.load(root)
+        if manifest is not None and not manifest.complete:
+            notes.append(
+                f"{root}: is not finished: run its command again, or documents of its files are in no data root"
+            )
+        elif manifest is not None and manifest.recipe.total_tokens == manifest.tokens:
+            stopped = f"{root}: stopped at {manifest.recipe.total_tokens} tokens"
+            notes.append(f"{stopped}, so documents of its files are in no data root")
+    return notes
 
 
 def _is_same_corpus(one: str | tuple[str, ...], other: str | tuple[str, ...]) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tokenmill.corpus.choice import format_of
 from tokenmill.corpus.corpus import Corpus
 from tokenmill.corpus.reader import Figures, SpanReader, Texts
 from tokenmill.encoding.encoder import Encoder
@@ -75,6 +76,8 @@ def preflight(
     held = [file.figures() for file in opened]
     scale = sum(sizes) / max(1, sum(sizes[index] for index in probed))
     rows = round(sum(figures.rows for figures in held) * scale)
+    if recipe.text_separator is None and all(format_of(file.path) == "text" for file in corpus.files):
+        rows = len(sizes)  # each is a document
     text_nbytes = sum(figures.text_nbytes for figures in held) * scale
     if rows == 0:
         raise SourceError(

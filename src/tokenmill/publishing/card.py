@@ -19,7 +19,8 @@ from tokenmill.publishing.facts import Facts, find_facts, short_name
 from tokenmill.publishing.preview import PREVIEW, preview
 
 README = "README.md"
-_MADE_BY = "<!-- Made by tokenmill card. -->"
+_MADE_BY = "<!-- Made by tokenmill card; SHA-256 of the rest: {} -->"
+_DIGEST = re.compile("^" + re.escape(_MADE_BY).replace(re.escape("{}"), "([0-9a-f]{64})") + "\n\n", re.MULTILINE)
 _MOST_SOURCES = 100
 _MOST_SHOWN_DOMAINS = 20
 _SIZES = {
@@ -59,21 +60,23 @@ def write_card(
         name: of the data set; None: that of its directory.
         license: identifier, as the hub and SPDX have it; None: none is named.
         url: of the data set's page.
-        overwrite: replace a README.md that this did not write.
+        overwrite: replace a README.md that this did not write, or that was changed afterwards.
 
     Raises:
-        DataRootError: it is not finished, is a view, or has a README.md of its own.
+        DataRootError: it is not finished, is a view, or has a README.md that would be lost.
         StorageError: a file cannot be written.
     """
     root = Path(root)
     facts = find_facts(root, name=name, license=license, url=url)
     path = root / README
-    if path.exists() and not overwrite and _MADE_BY not in path.read_text("utf-8", "replace"):
+    if path.exists() and not overwrite and not _is_as_written(path.read_text("utf-8", "replace")):
         raise DataRootError(
-            f"{path}: was not made by tokenmill card, and would be replaced",
+            f"{path}: was not made by tokenmill card, or was changed since, and would be replaced",
             next_step="move it away, or say --overwrite (overwrite=True)",
         )
     notes = []
+    if url is not None and not url.startswith(("http://", "https://")):
+        notes.append(f"--url {url}: expected a page on the web, https://...")
     if license is None:
         notes.append("no license is named: give --license, as the hub and its users ask for one")
     try:
@@ -90,11 +93,26 @@ def write_card(
     return CardReport(str(root), written, notes)
 
 
+def _is_as_written(text: str) -> bool:
+    """Return whether a card is one of ours that nobody changed."""
+    found = _DIGEST.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()] + text[found.end() :])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
 def readme(facts: Facts) -> str:
-    """Return the card, with its YAML."""
+    """Return the card, with its YAML, and the digest by which it knows whether it was changed."""
+    head, body = "\n".join(_yaml(facts)) + "\n\n", _body(facts)
+    return f"{head}{_MADE_BY.format(_digest(head + body))}\n\n{body}"
+
+
+def _body(facts: Facts) -> str:
     manifest = facts.manifest
     recipe = manifest.recipe
-    lines = [*_yaml(facts), "", _MADE_BY, "", f"# {_text(facts.name)}", "", _text(facts.description), ""]
+    lines = [f"# {_text(facts.name)}", "", _text(facts.description), ""]
     settings = {
         "tokens": f"{manifest.tokens:,}, {facts.dtype}, little-endian",
         "documents": f"{manifest.documents:,}, each ended by {_code(recipe.eos_token or '')} = "
@@ -104,7 +122,9 @@ def readme(facts: Facts) -> str:
         "order": f"shuffled through a buffer of {recipe.buffer_size:,} rows, seed {recipe.seed}"
         if recipe.order == "buffer"
         else "as stored",
-        "samples": f"{recipe.seq_len:,} tokens" if facts.record is None else f"{facts.record.seq_len:,} tokens",
+        "samples": f"{manifest.tokens // recipe.seq_len:,} of {recipe.seq_len:,} tokens"
+        if facts.record is None
+        else f"{facts.record.samples:,} of {facts.record.seq_len:,} tokens",
         "fingerprint": f"`{manifest.fingerprint}`",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.software.items()),
     }
@@ -159,7 +179,7 @@ def _domains(facts: Facts) -> list[str]:
     lines = ["", "## Domains", ""]
     lines.append(
         f"{found.documents:,} documents name a URL, of {found.hosts:,} different hosts; {found.without:,} name none. "
-        "The largest tenth of the hosts by tokens, at most 1,000 of them:"
+        "The largest tenth of the hosts, at least 20 and at most 1,000, with their share of the tokens that have a URL:"
     )
     rows = [
         (_code(each.host), f"{each.documents:,}", f"{each.tokens:,}", f"{each.tokens / max(1, found.tokens):.3%}")

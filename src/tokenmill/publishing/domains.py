@@ -12,6 +12,7 @@ from tokenmill.loading.data_root import DataRoot
 
 URL_COLUMN = "url"
 _HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
+_LEAST = 20
 _MERGED_ROWS = 1 << 20
 """Rows of sums that are merged at once."""
 
@@ -28,7 +29,7 @@ class Domains(NamedTuple):
     """Hosts by tokens, the largest first."""
 
     top: list[Domain]
-    """The largest tenth of all, but no more than were asked for."""
+    """The largest tenth of all, at least 20, but no more than were asked for."""
     hosts: int
     documents: int
     """With a URL that names a host."""
@@ -55,7 +56,7 @@ def count_domains(found: DataRoot, *, most: int) -> Domains:
     every = _summed(pa.concat_tables(sums))
     every = every.filter(pc.is_valid(every["host"])).sort_by([("tokens", "descending"), ("host", "ascending")])
     documents = pc.sum(every["documents"]).as_py() or 0
-    top = every.slice(0, min(most, -(-len(every) // 10)))
+    top = every.slice(0, min(most, max(_LEAST, -(-len(every) // 10))))
     columns = (top[name].to_pylist() for name in ("host", "documents", "tokens"))
     return Domains(
         [Domain(*row) for row in zip(*columns, strict=True)],
@@ -70,7 +71,8 @@ def _tables(found: DataRoot) -> Iterator[pa.Table]:
     for table in found.documents().tables():
         host = pc.struct_field(pc.extract_regex(table[URL_COLUMN], _HOST), "host")
         ones = pa.array([1]).take(pa.array([0] * len(table), pa.int32())) if len(table) else pa.array([], pa.int64())
-        yield pa.table({"host": pc.utf8_lower(host), "documents": ones, "tokens": table["tokens"]})
+        host = pc.replace_substring_regex(pc.utf8_lower(host), r"^www\.", "")
+        yield pa.table({"host": host, "documents": ones, "tokens": table["tokens"]})
 
 
 def _summed(table: pa.Table) -> pa.Table:

@@ -55,31 +55,42 @@ def upload_to_hub(
     """Send a finished data root with its card, Croissant file and preview to `hf://datasets/OWNER/NAME`.
 
     `huggingface_hub` sends the files, in pieces and several at once; the same call sends what an earlier one did not.
-    Once they are there, the digest that the hub has of each is compared. The repository is made if there is none.
+    Once they are there, the digest that the hub has of each is compared. The repository is made if there is none. A
+    README.md that is there goes as it is; otherwise `write_card` writes one.
 
     Args:
         root: the data root.
         target: the data set of the hub.
         private: make the repository a private one, if it is made.
-        license: identifier for the card.
+        license: identifier for the card, if it is written.
         dry_run: only say what would be sent; the card is not written.
 
     Raises:
-        DataRootError: it is not finished, or has a README.md that `write_card` did not write.
+        DataRootError: it is not finished.
         StorageError: the hub cannot be reached, refuses, or has other bytes than were sent.
     """
     root, name = Path(root), repository_of(target)
     url = f"{HUB}/datasets/{name}"
     facts = find_facts(root, name=name.partition("/")[2], license=license, url=url)
     sizes = {path: nbytes for path, (nbytes, _) in facts.files.items()}
+    has_card = (root / README).exists()
+    notes = [f"{README} is sent as it is there; --license is not used"] if has_card and license is not None else []
     if dry_run:
-        return PublishReport(url, "", sizes, [f"{README}, {CROISSANT} and {PREVIEW} are written when it is sent"])
-    card = write_card(root, name=name.partition("/")[2], license=license, url=url)
-    sizes |= {path: (root / path).stat().st_size for path in card.files}
+        if not has_card:
+            notes.append(f"{README}, {CROISSANT} and {PREVIEW} are written before it is sent (tokenmill card)")
+        return PublishReport(url, "", sizes | _card_sizes(root), notes)
+    if not has_card:
+        notes += write_card(root, name=name.partition("/")[2], license=license, url=url).notes
+    sizes |= _card_sizes(root)
     commit = hub.send_dataset(name, root, list(sizes), private=private)
     expected = {path: sha256 for path, (_, sha256) in facts.files.items()}
     _compare(root, name, commit, sizes, expected)
-    return PublishReport(url, commit, sizes, card.notes)
+    return PublishReport(url, commit, sizes, notes)
+
+
+def _card_sizes(root: Path) -> dict[str, int]:
+    """Return the size of what `write_card` writes, as far as it is there."""
+    return {path: (root / path).stat().st_size for path in (README, CROISSANT, PREVIEW) if (root / path).is_file()}
 
 
 def _compare(root: Path, name: str, commit: str, sizes: dict[str, int], expected: dict[str, str]) -> None:

@@ -76,10 +76,9 @@ def _data(rows: Sequence[dict[str, Any]]) -> Any:
     return alt.Data(values=list(rows))
 
 
-def bars(values: dict[str, float], what: str, *, figures: str = ",") -> Spec:
-    """Draw the largest values as bars, each with its name."""
-    largest = sorted(values.items(), key=lambda item: -item[1])[:MOST_BARS]
-    rows = [{"name": name, "value": value} for name, value in largest]
+def bars(values: Sequence[tuple[str, float]], what: str, *, figures: str = ",") -> Spec:
+    """Draw the first values as bars, each with its name."""
+    rows = [{"name": name, "value": value} for name, value in values[:MOST_BARS]]
     base = alt.Chart(_data(rows)).encode(
         y=alt.Y("name:N", sort=None, title=None),
         x=alt.X("value:Q", title=what, axis=alt.Axis(format="~s", tickCount=6)),

@@ -112,6 +112,8 @@ class Figures(msgspec.Struct, kw_only=True):
 
     name: str
     root: str
+    tokenizer: str
+    """Name of the tokenizer; empty where it is not known."""
     seq_len: int
     samples: int
     nbytes: int
@@ -151,6 +153,7 @@ def figures(
     return Figures(
         name=root.resolve().name,
         root=str(root),
+        tokenizer=found.tokenizer.name if found.tokenizer is not None else "",
         seq_len=found.seq_len,
         samples=stream.tokens // found.seq_len,
         nbytes=stream.tokens * stream.dtype.itemsize,

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from tokenmill import __version__
 from tokenmill.comparison.compare import Estimate
+from tokenmill.loading.order_quality import Measure
 from tokenmill.progress import count, duration
 from tokenmill.reporting import charts
 from tokenmill.reporting.figures import Figures
@@ -133,10 +134,12 @@ def _tiles(figures: Figures) -> list[_Tile]:
     of = f"of {stats.vocab_size:,}" if stats.vocab_size else ""
     tiles.append(_Tile("Token ids in use", f"{stats.distinct_ids:,}", of))
     if stats.repeated_texts is not None:
-        tiles.append(_Tile("Repeated texts", f"{stats.repeated_texts.documents:,}", "documents too many"))
+        tiles.append(_Tile("Repeated texts", f"{stats.repeated_texts.documents:,}", "documents that repeat one"))
     if figures.order is not None:
-        random = sum(measure.is_random for measure in figures.order.measures)
-        tiles.append(_Tile("Order", f"{random} of {len(figures.order.measures)}", "measures as random"))
+        telling = _telling(figures.order.measures)
+        random = sum(measure.is_random for measure in telling)
+        if telling:
+            tiles.append(_Tile("Order", f"{random} of {len(telling)}", "measures as random"))
     return tiles
 
 
@@ -166,6 +169,7 @@ def _made(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         blocks.append(_table("Every setting of the recipe", (), fields, folded=True))
     if view is not None:
         rows = [
+            ("tokenizer", figures.tokenizer),
             (
                 "order",
                 {"documents": "documents shuffled", "samples": "samples shuffled"}.get(view.shuffle, "as stored"),
@@ -178,6 +182,12 @@ def _made(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
             ("tokenizer.json", f"sha256 {view.tokenizer_sha256}"),
         ]
         blocks.append(_table("", (), [(_t(name), _t(value)) for name, value in rows]))
+    if view is not None:
+        sources = [
+            (_t(source.name), _t(source.root), _n(source.documents), _n(source.taken), _t(source.where or ""))
+            for source in view.sources
+        ]
+        blocks.append(_table("Its data roots", ("name", "data root", "documents", "taken", "where"), sources))
     notes = info.notes if info is not None else view.notes if view is not None else []
     blocks += [Block("text", text=f"Note: {note}") for note in notes]
     return Section("made", "How it was made", blocks)
@@ -212,10 +222,8 @@ def _sources(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         whole = " of one epoch" if figures.view and figures.view.stages else ""
         blocks += _bars(specs, "sources", f"Tokens{whole} by source file", stats.tokens_by_source, "tokens")
         if stats.text_nbytes_by_source is not None:
-            ratios = {
-                name: stats.text_nbytes_by_source[name] / max(1, tokens)
-                for name, tokens in stats.tokens_by_source.items()
-            }
+            largest = sorted(stats.tokens_by_source.items(), key=lambda item: -item[1])
+            ratios = {name: stats.text_nbytes_by_source[name] / max(1, tokens) for name, tokens in largest}
             blocks += _bars(specs, "ratios", "Bytes of text per token, by source file", ratios, "bytes per token")
     for number, (column, values) in enumerate((stats.tokens_by_value or {}).items()):
         if values:
@@ -226,9 +234,11 @@ def _sources(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
 
 
 def _bars(specs: dict[str, charts.Spec], chart: str, title: str, values: Mapping[str, float], what: str) -> list[Block]:
-    specs[chart] = charts.bars(dict(values), what, figures="," if what == "tokens" else ".3f")
-    shown = f" (the {charts.MOST_BARS} largest of {len(values):,})" if len(values) > charts.MOST_BARS else ""
-    ranked = sorted(values.items(), key=lambda item: -item[1])
+    ranked = sorted(values.items(), key=lambda item: -item[1]) if what == "tokens" else list(values.items())
+    specs[chart] = charts.bars(ranked, what, figures="," if what == "tokens" else ".3f")
+    shown = ""
+    if len(values) > charts.MOST_BARS:
+        shown = f" (the {charts.MOST_BARS} with the most tokens, of {len(values):,})"
     rows = [(_t(name), _n(value)) for name, value in ranked]
     return [
         Block("chart", title=title + shown, chart=chart),
@@ -327,17 +337,28 @@ def _order(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
             "through a buffer of 10,000 documents.",
         )
     ]
-    for number, measure in enumerate(figures.order.measures):
+    telling = _telling(figures.order.measures)
+    if len(telling) < len(figures.order.measures):
+        text = (
+            "Measures that are the same for any order of these documents, such as of files of one each, are left out."
+        )
+        blocks.append(Block("text", text=text))
+    for number, measure in enumerate(telling):
         specs[f"order-{number}"] = charts.order(measure)
         verdict = "as random" if measure.is_random else "not random"
         blocks.append(Block("chart", title=f"{measure.name}: {verdict}", chart=f"order-{number}"))
     head = ("measure", "found", "random", "low", "high", "buffer", "verdict")
     rows = [
         (_t(m.name), *map(_n, (m.found, m.random, m.low, m.high, m.buffer)), _t("as random" if m.is_random else "not"))
-        for m in figures.order.measures
+        for m in telling
     ]
     blocks.append(_table("The measures as a table", head, rows, folded=True))
     return Section("order", "Order", blocks)
+
+
+def _telling(measures: Sequence[Measure]) -> list[Measure]:
+    """Return the measures that can tell one order from another."""
+    return [measure for measure in measures if measure.low < measure.high]
 
 
 def _mixture(figures: Figures, specs: dict[str, charts.Spec]) -> Section | None:
@@ -423,8 +444,8 @@ def _browser(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
     if not figures.shown:
         return Section("samples-section", "Samples", [Block("text", text=f"None are here: {figures.shown_note}")])
     text = (
-        f"{len(figures.shown)} samples, drawn at random. Tokens are shaded in turn; a line marks where a document "
-        f"begins, with its source file, its row, and which of its tokens are here. {figures.shown_note}"
+        f"{len(figures.shown)} samples, drawn at random. Tokens are shaded in turn; a line stands above each document, "
+        f"or part of one, with its source file, its row, and which of its tokens are here. {figures.shown_note}"
     )
     return Section("samples-section", "Samples", [Block("text", text=text), Block("samples")])
 
