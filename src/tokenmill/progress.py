@@ -29,6 +29,8 @@ _LIVE_SECONDS = 0.2
 _RATE_WINDOW_SECONDS = 30.0
 """The rate and the time left follow the last half minute."""
 
+_ROW = b'{"time":'
+"""Begins a row."""
 PROGRESS = "progress "
 """Begins the rows of a log."""
 _LOG_TAIL_NBYTES = 1 << 16
@@ -379,6 +381,12 @@ def _open_metrics(path: Path | None) -> Iterator[Callable[[ProgressRow], None]]:
         yield lambda row: None
         return
     try:
+        if path.is_fifo():
+            raise _not_for_rows(path, "a pipe, whose reader could hold up the run")
+        if path.is_file():
+            with path.open("rb") as before:
+                if before.read(len(_ROW)) not in (_ROW, b""):
+                    raise _not_for_rows(path, "a file of something else")
         file = path.open("wb", buffering=0)
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -395,6 +403,10 @@ def _open_metrics(path: Path | None) -> Iterator[Callable[[ProgressRow], None]]:
         yield write
     if failed:
         raise _cannot_write(path, failed[0])
+
+
+def _not_for_rows(path: Path, found: str) -> StorageError:
+    return StorageError(f"{path}: expected a file for rows of --metrics, found {found}", next_step="name another")
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:

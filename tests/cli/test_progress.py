@@ -112,6 +112,12 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
     assert refused.returncode == 6
     assert "cannot be written" in refused.stderr
     assert "Traceback" not in refused.stderr
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "mine.txt").write_text("mine")
+    for path, what in ((tmp_path / "fifo", "a pipe"), (tmp_path / "mine.txt", "a file of something else")):
+        refused = run_cli("pretokenize", tmp_path / "out", *options, "--metrics", path)
+        assert (refused.returncode, what in refused.stderr) == (6, True), refused.stderr
+    assert (tmp_path / "mine.txt").read_text() == "mine"
     if Path("/dev/full").exists():
         full = run_cli("pretokenize", tmp_path / "out", *options, "--metrics", "/dev/full")
         assert full.returncode == 6
@@ -148,6 +154,10 @@ def test_watch_tells_a_run_that_has_ended(tmp_path: Path, corpus: Path, recipe: 
     log = out / "tokenmill.log"
     log.write_text(re.sub(r'"time":\d+\.?\d*', f'"time":{time.time() - 185}', log.read_text()))
     (out / "manifest.json").unlink()
+    kept = log.read_text()
+    log.write_text(kept + "2026-01-01 00:00:00,000 1 INFO interrupted\n")
+    assert "tells of no run at work" in run_cli("watch", out, "--once").stdout
+    log.write_text(kept)
     said = run_cli("watch", out, "--once").stdout
     assert "no shard yet; the run has said nothing for 3:00: it has ended, or was killed" in said
     watching = subprocess.Popen(command("watch", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

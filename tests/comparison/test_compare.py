@@ -16,6 +16,7 @@ from conftest import run_cli, text, write_parquet
 from tokenmill import compare_tokenizers, errors, pretokenize
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.comparison.compare import ratio
+from tokenmill.loading.stats import NULL
 from tokenmill.recipe import Recipe
 
 
@@ -80,7 +81,7 @@ def test_figures_are_those_of_the_slow_way(langs: Path, byte_level: Path) -> Non
         assert figures.used_ids == len(set(every))
         assert figures.projected_tokens == sum(counts) + len(rows)  # the sample is all there is
         assert (figures.dtype, figures.projected_nbytes) == ("uint16", 2 * figures.projected_tokens)
-        for lang, key in (("en", "en"), ("de", "de"), (None, "null")):
+        for lang, key in (("en", "en"), ("de", "de"), (None, NULL)):
             here = [at for at, (_, row) in enumerate(rows) if row["lang"] == lang]
             nbytes = sum(len(rows[at][1]["text"].encode()) for at in here)
             assert figures.by_value["lang"][key].value == pytest.approx(nbytes / sum(counts[at] for at in here))
@@ -140,12 +141,47 @@ def test_other_formats_and_many_files(tmp_path: Path) -> None:
     found = compare_tokenizers([str(TOKENIZER)], str(tmp_path / "c"))
     assert (found.documents, found.corpus_files) == (256, 300)
     assert found.corpus_documents == pytest.approx(300, abs=2)
-    assert any("first documents" in note for note in found.notes)
+    assert not any("first documents" in note for note in found.notes)  # each was read whole
     lines = "".join(json.dumps({"text": text(row, 30), "lang": "en"}) + "\n" for row in range(500))
     (tmp_path / "a.jsonl").write_text(lines + "not json\n")
     jsonl = compare_tokenizers([str(TOKENIZER)], str(tmp_path / "a.jsonl"), metadata_columns=["lang"])
     assert jsonl.documents == 500
+    assert [note for note in jsonl.notes if "rows were left out" in note]
+    few = compare_tokenizers([str(TOKENIZER)], str(tmp_path / "a.jsonl"), sample_nbytes=2_000)
+    assert any("first documents" in note for note in few.notes)
     assert set(jsonl.tokenizers[0].by_value["lang"]) == {"en"}
+
+
+def test_lost_text_is_found_wherever_it_lies(tmp_path: Path, lower: Path) -> None:
+    """The first files are fine; the text that the tokenizer does not know is in the last."""
+    write_parquet(tmp_path / "c" / "a.parquet", ["the cat " * 30] * 4000, row_group_size=1000)
+    write_parquet(tmp_path / "c" / "b.parquet", ["Omega Psi " * 30] * 3000, row_group_size=1000)
+    with pytest.raises(errors.TokenizerError, match="do not come back"):
+        compare_tokenizers([str(lower)], str(tmp_path / "c"))
+
+
+def test_files_that_compress_differently_are_weighed_by_their_text(tmp_path: Path, byte_level: Path) -> None:
+    rng = np.random.default_rng(0)
+    write_parquet(tmp_path / "c" / "a.parquet", [f"the cat {row:03} " * 500 for row in range(400)], row_group_size=400)
+    random_text = ["".join(map(chr, rng.integers(0x4E00, 0x9FFF, 300))) for _ in range(400)]
+    write_parquet(tmp_path / "c" / "b.parquet", random_text, row_group_size=400)
+    whole = compare_tokenizers([str(byte_level)], str(tmp_path / "c"), sample_nbytes=1 << 30).tokenizers[0]
+    part = compare_tokenizers([str(byte_level)], str(tmp_path / "c"), sample_nbytes=200_000).tokenizers[0]
+    assert part.tokens < whole.tokens / 4
+    assert part.projected_tokens == pytest.approx(whole.projected_tokens, rel=0.1)
+    assert part.bytes_per_token.value == pytest.approx(whole.bytes_per_token.value, rel=0.1)
+
+
+def test_unknown_words_of_unigram_and_tokenizers_without_eos(tmp_path: Path, langs: Path) -> None:
+    made = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581cat", -1.0)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    folder = save(made, tmp_path / "unigram")
+    (folder / "tokenizer_config.json").unlink()
+    found = compare_tokenizers([str(folder)], str(langs), lossy=True).tokenizers[0]
+    assert found.unknown_share > 0.3
+    with pytest.raises(errors.RecipeError, match="named twice"):
+        compare_tokenizers([str(folder)], str(langs), metadata_columns=["a=lang", "a=lang"])
 
 
 def test_the_command(langs: Path, byte_level: Path, lower: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from support.runs import every_digest
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.pipeline.pretokenize import pretokenize
+from tokenmill.progress import TOKENIZING, Progress
 from tokenmill.recipe import Recipe
 from tokenmill.shards import shard
 
@@ -131,8 +132,13 @@ def test_source_that_vanishes_between_files(out: Path, corpus: Path) -> None:
     """Planned, partly read, then gone."""
     recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), shard_size=2000, buffer_size=10)
     vanishing = corpus / "sub" / "c.parquet"
+
+    def vanish(progress: Progress) -> None:
+        if progress.phase == TOKENIZING:
+            vanishing.unlink(missing_ok=True)
+
     with pytest.raises(errors.SourceError, match=r"c\.parquet: .*the file is gone") as caught:
-        pretokenize(recipe, out, span_rows=3, workers=1, on_progress=lambda _: vanishing.unlink(missing_ok=True))
+        pretokenize(recipe, out, span_rows=3, workers=1, on_progress=vanish)
     assert caught.value.exit_code == 3
 
 
@@ -146,7 +152,7 @@ def test_output_inside_the_corpus(tmp_path: Path, corpus: Path) -> None:
 
 def test_recipe_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
     fails(out, *given(corpus), "--recipe", "nonesuch", code=2, message="neither a built-in recipe nor a file")
-    fails(out, "--tokenizer", TOKENIZER, code=2, message="missing required field `dataset`")
+    fails(out, "--tokenizer", TOKENIZER, code=2, message="no recipe is given: dataset is missing")
     fails(out, *given(corpus, "--shard-size", 0), code=2, message=r"`int` >= 1 - at `\$\.shard_size`")
     recipe = tmp_path / "r.toml"
     for text, message in (("sed = 1", "unknown field `sed`"), ("seed = [", "not TOML"), ('seed = "x"', r"\$\.seed")):

@@ -25,9 +25,12 @@ from tokenmill.loading import info as infos
 from tokenmill.loading import provenance
 from tokenmill.loading import stats as statistics
 from tokenmill.loading.data_root import Piece, TokenStream
+from tokenmill.loading.order_quality import order_quality
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
 
 EOS = 2
 
@@ -130,7 +133,10 @@ def test_stats(made: Made) -> None:
     ranked = [count for _, count in counts.most_common()]
     assert [(rank, ranked[rank - 1]) for rank, _ in figures.rank_frequency] == figures.rank_frequency
     assert figures.rank_frequency[-1][0] == len(ranked)
-    assert {token.text: token.count for token in figures.control_tokens} == {"<unk>": counts[0]}
+    assert {token.text: token.count for token in figures.control_tokens} == {
+        "<unk>": counts[0],
+        "</s>": counts[EOS] - len(lengths),  # it stands in the text of the corpus, too
+    }
 
 
 def test_bytes_of_text_are_those_of_the_corpus(made: Made) -> None:
@@ -154,7 +160,7 @@ def test_tokens_by_value_and_long_lists(tmp_path: Path) -> None:
     recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), shard_size=100, metadata_columns=columns)
     pretokenize(recipe, tmp_path / "out")
     found = statistics.stats(tmp_path / "out")
-    assert set(found.tokens_by_value["lang"]) == {"en", "de", "null"}
+    assert set(found.tokens_by_value["lang"]) == {"en", "de", statistics.NULL}
     assert sum(found.tokens_by_value["lang"].values()) == sum(found.tokens_by_value["n"].values()) == found.tokens
     assert "24" in found.tokens_by_value["n"]
     for name, table in (("stats", "bytes per token"), ("info", "documents")):
@@ -176,6 +182,77 @@ def test_show_as_plain_text_and_its_beginning(made: Made) -> None:
     assert f"{made.seq_len - 3} tokens more" in first
     assert f"{made.seq_len - 3} tokens more" in run_cli("show", made.root, "--sample", 1, "--limit", 3).stdout
     assert run_cli("show", made.root, "--sample", 1, "--ids", "--plain").returncode == 2
+
+
+def test_null_and_the_word_null_are_two_values(tmp_path: Path) -> None:
+    write_parquet(
+        tmp_path / "c" / "a.parquet", [f"text {row}" for row in range(6)], v=[None, "null", "x", None, "null", "x"]
+    )
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), metadata_columns=("v",))
+    pretokenize(recipe, tmp_path / "out")
+    found = statistics.stats(tmp_path / "out")
+    assert set(found.tokens_by_value["v"]) == {statistics.NULL, "null", "x"}
+    assert sum(found.tokens_by_value["v"].values()) == found.tokens
+
+
+def test_figures_of_a_stream_that_ends_inside_a_document(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", ["some words of a text " * 40, "and of another " * 40])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), total_tokens=57, shard_size=50)
+    pretokenize(recipe, tmp_path / "out")
+    found = statistics.stats(tmp_path / "out")
+    assert found.tokens_by_source == {"a.parquet": 57}
+    assert 57 < found.text_nbytes_by_source["a.parquet"] < 57 * 6
+
+
+def test_a_view_whose_ids_are_few(tmp_path: Path) -> None:
+    """Its data root has documents with greater ids, which lie between those of the view."""
+    texts = ["aa " * 30 if row % 2 else "\U0001f680 zz \u65e5 " * 30 for row in range(40)]
+    write_parquet(tmp_path / "c" / "a.parquet", texts, plain=[row % 2 == 1 for row in range(40)])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), metadata_columns=("plain:bool",), seq_len=8)
+    pretokenize(recipe, tmp_path / "out")
+    spec = ViewSpec(seq_len=8, sources=[ViewSource(name="a", root=str(tmp_path / "out"), where="plain")])
+    build_view(spec, tmp_path / "view")
+    found = statistics.stats(tmp_path / "view")
+    assert found.documents == 20
+    assert found.text_nbytes_by_source == {"a/a.parquet": 20 * (90 + 1)}
+
+
+def test_a_sidecar_with_other_documents_than_the_manifest(made: Made) -> None:
+    path = made.root / "documents_000000.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 3), path)
+    for look in (statistics.stats, order_quality):
+        with pytest.raises(errors.DataRootError, match=r"expected \d+ documents, found 3"):
+            look(made.root)
+
+
+def test_tokens_that_cannot_be_decoded_do_not_end_the_program(tmp_path: Path) -> None:
+    """A character that is cut off, before another token; a vocabulary that cannot write the letter a."""
+    tokens = [
+        *tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")).encode("x \U0001f990").ids[:-2],
+        EOS,
+    ] * 9
+    np.array(tokens, "<u2").tofile(tmp_path / "t.bin")
+    arguments = ["--from", "raw", "--dtype", "uint16", "--tokenizer", TOKENIZER, "--seq-len", 4]
+    assert run_cli("import", tmp_path / "t.bin", tmp_path / "imported", *arguments).returncode == 0
+    for name, more in (("show", ["--sample", 0]), ("stats", []), ("card", [])):
+        done = run_cli(name, tmp_path / "imported", *more)
+        assert done.returncode == 0, done.stderr
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "<end>": 2}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    write_parquet(tmp_path / "c" / "a.parquet", ["the cat the cat"])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(tmp_path / "words"), eos_token="<end>")
+    pretokenize(recipe, tmp_path / "out")
+    assert statistics.stats(tmp_path / "out").top[0].text
+
+
+def test_the_replacement_character_of_a_text_is_text(tmp_path: Path) -> None:
+    text = "caf\ufffd na\ufffdve \ufffd\ufffd " * 20
+    write_parquet(tmp_path / "c" / "a.parquet", [text])
+    pretokenize(Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER)), tmp_path / "out")
+    found = statistics.stats(tmp_path / "out")
+    assert found.text_nbytes_by_source["a.parquet"] == len(text.encode()) + 1
 
 
 @given(

@@ -29,7 +29,7 @@ from tokenmill.cli.demo import TOKENIZER
 from tokenmill.dataroot import layout, manifest
 from tokenmill.pipeline.local import ThreadExecutor
 from tokenmill.pipeline.pretokenize import plan, pretokenize
-from tokenmill.progress import Progress
+from tokenmill.progress import TOKENIZING, Progress
 from tokenmill.recipe import Recipe
 from tokenmill.shards.consolidate import consolidate
 from tokenmill.shards.shard import tally
@@ -403,8 +403,9 @@ def test_a_second_run_on_the_root_is_refused(tmp_path: Path, recipe: Recipe) -> 
     entered, leave = threading.Event(), threading.Event()
 
     def hold(progress: Progress) -> None:
-        entered.set()
-        leave.wait(30)
+        if progress.phase == TOKENIZING:
+            entered.set()
+            leave.wait(30)
 
     first = threading.Thread(target=pretokenize, args=(recipe, tmp_path / "out"), kwargs={"on_progress": hold})
     first.start()

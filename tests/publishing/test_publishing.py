@@ -94,15 +94,35 @@ def test_hosts_are_those_of_the_slow_way(root: Path) -> None:
             if match is None:
                 without += 1
                 continue
-            documents[match[1].lower()] += 1
-            tokens[match[1].lower()] += row["tokens"]
+            documents[match[1].lower().removeprefix("www.")] += 1
+            tokens[match[1].lower().removeprefix("www.")] += row["tokens"]
     found = count_domains(DataRoot(root, *manifests.load_records(root)), most=1000)
     assert (found.hosts, found.documents, found.tokens) == (len(documents), documents.total(), tokens.total())
     assert found.without == without
-    ranked = sorted(tokens.items(), key=lambda item: (-item[1], item[0]))[: -(-len(tokens) // 10)]
+    ranked = sorted(tokens.items(), key=lambda item: (-item[1], item[0]))[:20]
     assert [(each.host, each.tokens) for each in found.top] == ranked
     assert [each.documents for each in found.top] == [documents[host] for host, _ in ranked]
     assert len(count_domains(DataRoot(root, *manifests.load_records(root)), most=2).top) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://user:p@ss@Host.EXAMPLE/", "host.example"),
+        ("http://[2001:db8::1]:8080/x", "[2001:db8::1]"),
+        ("ftp://a.example", "a.example"),
+        ("//no.scheme/", None),
+        ("https://", None),
+        ("https://user@/x", None),
+        ("mailto:a@b.example", None),
+    ],
+)
+def test_a_host_is_what_a_browser_would_ask(tmp_path: Path, url: str, host: str | None) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", ["one text"], url=[url])
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), metadata_columns=("url",))
+    pretokenize(recipe, tmp_path / "out")
+    found = count_domains(DataRoot(tmp_path / "out", *manifests.load_records(tmp_path / "out")), most=9)
+    assert [each.host for each in found.top] == ([] if host is None else [host])
 
 
 def test_the_preview_is_samples_as_they_are(root: Path) -> None:
@@ -169,6 +189,50 @@ def test_a_readme_of_the_users_own_stays(root: Path) -> None:
     assert "# again" in (root / "README.md").read_text()
 
 
+def test_words_that_the_user_added_to_the_card_stay(root: Path) -> None:
+    assert run_cli("card", root, "--license", "mit").returncode == 0
+    readme = (root / "README.md").read_text()
+    (root / "README.md").write_text(readme + "\n## Intended use\n\nNone.\n")
+    again = run_cli("card", root, "--license", "mit")
+    assert (again.returncode, "was changed since" in again.stderr) == (5, True)
+    assert "## Intended use" in (root / "README.md").read_text()
+    (root / "README.md").unlink()
+    assert run_cli("card", root).returncode == 5  # a croissant.json alone may be the user's own
+    assert run_cli("card", root, "--overwrite").returncode == 0
+
+
+def test_files_that_the_records_name_must_be_there(root: Path) -> None:
+    (root / "train_000001.npy").unlink()
+    with pytest.raises(errors.DataRootError, match=r"train_000001\.npy is missing"):
+        write_card(root)
+    for path in root.glob("train_*.npy"):  # all of them are in tokens.bin
+        path.unlink()
+    assert "train_000000.npy" not in json.loads(json.dumps(sorted(write_card(root).files)))
+    next(iter(root.glob("documents_*.parquet"))).unlink()
+    with pytest.raises(errors.DataRootError, match=r"documents_\d+\.parquet is missing"):
+        write_card(root)
+
+
+def test_odd_names_and_columns(tmp_path: Path) -> None:
+    """A name outside of the first plane, a column that only looks like URLs, one with a blank, a corpus by file://."""
+    write_parquet(tmp_path / "private" / "c" / "a.parquet", ["one text", "two"], url=[1, 2], **{"a b": ["x", "y"]})
+    recipe = Recipe(
+        dataset=f"file://{tmp_path / 'private' / 'c'}",
+        tokenizer=str(TOKENIZER),
+        metadata_columns=("url:int64", "a b"),
+        seq_len=2,
+    )
+    root = tmp_path / "data \U0001f680"
+    pretokenize(recipe, root)
+    write_card(root)
+    readme = (root / "README.md").read_text()
+    assert DatasetCard(readme).data.pretty_name == root.name
+    assert "## Domains" not in readme
+    assert "private" not in readme + (root / "croissant.json").read_text()
+    fields = json.loads((root / "croissant.json").read_text())["recordSet"][0]["field"]
+    assert "document/a_b" in [each["@id"] for each in fields]
+
+
 def test_what_has_no_card(root: Path, tmp_path: Path) -> None:
     build_view(ViewSpec(seq_len=64, sources=[ViewSource(name="a", root=str(root))]), tmp_path / "view")
     with pytest.raises(errors.DataRootError, match="is a view"):
@@ -221,6 +285,20 @@ def test_a_data_set_goes_to_the_hub_and_comes_back(hub: LoopbackHub, root: Path,
     again = publish(hub, root, "hf://datasets/owner/name", "--license", "cc-by-4.0")
     assert again.returncode == 0, again.stderr
     assert not [request for request in hub.requests if request.startswith("PUT")]  # what arrived is not sent again
+
+
+def test_a_card_of_the_users_own_goes_along_and_old_shards_do_not_stay(hub: LoopbackHub, root: Path) -> None:
+    run_cli("card", root, "--name", "My set", "--license", "mit")
+    (root / "README.md").write_text((root / "README.md").read_text() + "\nMine.\n")
+    first = publish(hub, root, "hf://datasets/owner/name")
+    assert first.returncode == 0, first.stderr
+    assert hub.repositories["owner/name"]["README.md"].decode().endswith("Mine.\n")
+    hub.repositories["owner/name"] |= {"train_000099.npy": b"of an earlier one", "other.txt": b"of the user"}
+    again = publish(hub, root, "hf://datasets/owner/name", "--license", "cc0-1.0")
+    assert again.returncode == 0, again.stderr
+    assert "--license is not used" in again.stdout
+    assert "train_000099.npy" not in hub.repositories["owner/name"]
+    assert "other.txt" in hub.repositories["owner/name"]
 
 
 def test_what_the_hub_refuses_or_damages_is_told(hub: LoopbackHub, root: Path) -> None:

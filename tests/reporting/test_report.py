@@ -223,6 +223,26 @@ def test_what_cannot_be_reported(made: Made, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["nbytes"] == (tmp_path / "r.html").stat().st_size
 
 
+def test_a_report_replaces_only_a_report(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.code, tmp_path / "out")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "out" / "manifest.json", tmp_path / "fifo", tmp_path / "out"):
+        with pytest.raises(errors.StorageError, match="is there and is no HTML page"):
+            report(tmp_path / "out", path)
+    assert run_cli("verify", tmp_path / "out").returncode == 0
+    report(tmp_path / "out", tmp_path / "r.html")
+    report(tmp_path / "out", tmp_path / "r.html")
+
+
+def test_metadata_that_would_fill_a_page(tmp_path: Path) -> None:
+    """Values that are long, and columns that are many."""
+    columns = {f"c{number}": [f"{row}" + "\U0001f990" * 300 for row in range(150)] for number in range(40)}
+    write_parquet(tmp_path / "c" / "a.parquet", [f"text {row}" for row in range(150)], **columns)
+    recipe = Recipe(dataset=str(tmp_path / "c"), tokenizer=str(TOKENIZER), metadata_columns=tuple(columns), seq_len=4)
+    pretokenize(recipe, tmp_path / "out")
+    assert report(tmp_path / "out", tmp_path / "r.html").nbytes < 5_000_000
+
+
 def test_the_report_of_a_data_set_that_is_gone_half_way_is_an_error(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.code, tmp_path / "out")
     (tmp_path / "out" / "documents_000000.parquet").write_bytes(b"PAR1 no parquet")

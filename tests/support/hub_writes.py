@@ -84,6 +84,8 @@ class LoopbackHub:
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     files[value["path"]] = self.objects[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    del files[value["path"]]
                 if value.get("path") in self.spoil:
                     files[value["path"]] = files[value["path"]][:-1] + b"?"
             commit = self.commit(name)

@@ -307,7 +307,8 @@ def info_lines(found: Info, *, every: bool = False) -> list[str]:
 
 
 def _ledger_line(e: FileLedger) -> str:
-    return f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}  {e.path}"
+    counts = f"{e.rows:>12,} {e.documents:>12,} {e.null:>9,} {e.empty:>9,} {e.special:>9,} {e.unused:>9,}"
+    return f"{counts}  {_one_line(e.path)}"
 
 
 def _sum_of(entries: Sequence[FileLedger], name: str) -> FileLedger:
@@ -331,15 +332,16 @@ def _identity(part: DocumentSlice) -> str:
     """Return the hash of a document's text and its metadata, as far as they are known."""
     hashed = f", text_xxh3 {part.text_xxh3}" if part.text_xxh3 else ""
     return hashed + "".join(
-        f", {name} {json.dumps(value, ensure_ascii=False)}" for name, value in part.metadata.items()
+        f", {_one_line(name)} {_one_line(json.dumps(value, ensure_ascii=False))}"
+        for name, value in part.metadata.items()
     )
 
 
 def _origin(part: DocumentSlice) -> str:
-    whole = f"of {part.document_tokens:,}"
+    row, whole = f"{_one_line(part.source)} row {part.row:,}", f"of {part.document_tokens:,}"
     if part.end == part.begin + 1:
-        return f"{part.source} row {part.row:,}, token {part.document_begin:,} {whole}"
-    return f"{part.source} row {part.row:,}, tokens {part.document_begin:,} to {part.document_end - 1:,} {whole}"
+        return f"{row}, token {part.document_begin:,} {whole}"
+    return f"{row}, tokens {part.document_begin:,} to {part.document_end - 1:,} {whole}"
 
 
 def samples_lines(found: Samples) -> list[str]:
@@ -412,6 +414,11 @@ def _bounded(tokens: list[Token], colour: bool) -> str:
         shade + text.replace("\n", f"\u21b5{_PLAIN}\n{shade}") + _PLAIN
         for shade, text in zip(shades, texts, strict=True)
     )
+
+
+def _one_line(text: str) -> str:
+    """Return a name or a value as a cell of a table takes it: on one line, and without what would move a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printable(text: str) -> str:
@@ -490,10 +497,10 @@ def stats_lines(found: Stats, *, every: bool = False) -> list[str]:
 def _tokens_lines(what: str, tokens: Mapping[str, int], text_nbytes: Mapping[str, int], *, every: bool) -> list[str]:
     names, rest = _largest(tokens, every=every)
     per_token = f"{'bytes per token':>17}" if text_nbytes else ""
-    lines = ["", f"{'tokens':>15}{per_token}  {what}"]
+    lines = ["", f"{'tokens':>15}{per_token}  {_one_line(what)}"]
     for name in names:
         ratio = f"{text_nbytes[name] / max(1, tokens[name]):>17.3f}" if text_nbytes else ""
-        lines.append(f"{tokens[name]:>15,}{ratio}  {name}")
+        lines.append(f"{tokens[name]:>15,}{ratio}  {_one_line(name)}")
     return lines + ([rest] if rest else [])
 
 
@@ -675,14 +682,14 @@ _WIDEST = 40
 
 def _columns(rows: Mapping[str, list[str]]) -> list[str]:
     """Return a table with a column for each tokenizer; where a name is long, its end."""
-    width = max(len(name) for name in rows)
+    width = max(len(_one_line(name)) for name in rows)
     cells = {
         name: [text if len(text) <= _WIDEST else f"\u2026{text[1 - _WIDEST :]}" for text in row]
         for name, row in rows.items()
     }
     widths = [max(map(len, column)) for column in zip(*cells.values(), strict=True)]
     return [
-        f"{name:<{width}}  " + "  ".join(f"{text:>{size}}" for text, size in zip(row, widths, strict=True))
+        f"{_one_line(name):<{width}}  " + "  ".join(f"{text:>{size}}" for text, size in zip(row, widths, strict=True))
         for name, row in cells.items()
     ]
 

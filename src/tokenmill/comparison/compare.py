@@ -21,8 +21,10 @@ from tokenmill.encoding.encoder import SPECIAL, Encoder, SpanTexts
 from tokenmill.encoding.hf import HFBackend
 from tokenmill.encoding.tokenizer import load_tokenizer
 from tokenmill.errors import RecipeError, TokenizerError
+from tokenmill.loading.stats import NULL
 from tokenmill.options import MOST_GROUPS, StoreOptions
-from tokenmill.recipe import MetadataColumn
+from tokenmill.recipe import Recipe
+from tokenmill.redact import escape_surrogates
 
 SAMPLE_NBYTES = 16 << 20
 _TIMED_NBYTES = 1_000_000
@@ -137,7 +139,7 @@ def compare_tokenizers(
     if repeated := [name for name in tokenizers if list(tokenizers).count(name) > 1]:
         raise RecipeError(f"tokenizer {repeated[0]} is named twice", next_step="name each once")
     try:
-        columns = tuple(map(MetadataColumn.parse, metadata_columns))
+        columns = Recipe(dataset="", tokenizer="", metadata_columns=tuple(metadata_columns)).metadata
     except ValueError as error:
         raise RecipeError(f"metadata_columns: {error}", next_step="write [NAME=]PATH[:TYPE]") from None
     encoders = [
@@ -152,6 +154,7 @@ def compare_tokenizers(
     sizes = _Sizes(
         pc.binary_length(sample.texts).to_numpy().astype(np.int64),
         pc.utf8_length(sample.texts).to_numpy().astype(np.int64),
+        sample.weight,
     )
     found: list[TokenizerFigures] = []
     first: NDArray[np.int64] | None = None
@@ -181,10 +184,10 @@ def compare_tokenizers(
     if sample.is_from_beginnings:
         notes.append("files that are not parquet gave their first documents: the intervals do not know of the others")
     return Comparison(
-        corpus=corpus.location.name,
+        corpus=escape_surrogates(corpus.location.name),
         corpus_files=sample.corpus_files,
-        corpus_documents=sample.corpus_documents,
-        corpus_text_nbytes=sample.corpus_text_nbytes,
+        corpus_documents=round(float(sizes.weight.sum())),
+        corpus_text_nbytes=round(float(np.dot(sizes.weight, sizes.nbytes))),
         documents=len(sample.texts),
         nbytes=int(sizes.nbytes.sum()),
         characters=int(sizes.characters.sum()),
@@ -198,6 +201,8 @@ class _Sizes(NamedTuple):
 
     nbytes: NDArray[np.int64]
     characters: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    """How many documents of the corpus each stands for."""
 
 
 def _measure(
@@ -217,8 +222,7 @@ def _measure(
     nbytes = reference.nbytes_of(used.tolist())
     lost_share, example = _lost(reference, sample.texts, ids, ends - np.arange(1, len(ends) + 1), encoded.flags)
     total = int(tokens.sum())
-    per_byte = total / max(1, int(sizes.nbytes.sum()))
-    projected = round(sample.corpus_text_nbytes * per_byte) + sample.corpus_documents
+    projected = round(float(np.dot(sizes.weight, tokens + 1)))
     dtype = smallest_dtype(tokenizer.vocab_size)
     unknown = reference.unknown_id()
     longest = np.argsort(-nbytes, kind="stable")[:_LONGEST].tolist()
@@ -228,18 +232,18 @@ def _measure(
         values = metadata[name].combine_chunks()
         keys = pa.DictionaryArray.from_arrays(*_encoded(values)) if len(values) else None
         if keys is not None:
-            labels = ["null" if value is None else str(value) for value in keys.dictionary.to_pylist()]
-            by_value[name] = _by_group(keys.indices.to_numpy(), labels, sizes.nbytes, tokens)
+            labels = [NULL if value is None else str(value) for value in keys.dictionary.to_pylist()]
+            by_value[name] = _by_group(keys.indices.to_numpy(), labels, sizes, tokens)
     figures = TokenizerFigures(
-        name=tokenizer.name,
+        name=escape_surrogates(tokenizer.name),
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         engine=encoder.backend.version,
         tokens=total,
-        bytes_per_token=ratio(sizes.nbytes, tokens),
-        characters_per_token=ratio(sizes.characters, tokens),
-        relative_tokens=Estimate(1.0, 1.0, 1.0) if first is None else ratio(tokens, first),
-        by_source=_by_group(sample.file, sample.paths, sizes.nbytes, tokens),
+        bytes_per_token=ratio(sizes.nbytes, tokens, sizes.weight),
+        characters_per_token=ratio(sizes.characters, tokens, sizes.weight),
+        relative_tokens=Estimate(1.0, 1.0, 1.0) if first is None else ratio(tokens, first, sizes.weight),
+        by_source=_by_group(sample.file, sample.paths, sizes, tokens),
         by_value=by_value,
         used_ids=len(used),
         byte_share=float(counts[used][is_part].sum() / max(1, total)),
@@ -257,29 +261,31 @@ def _measure(
     return figures, tokens
 
 
-def ratio(above: NDArray[np.int64], below: NDArray[np.int64]) -> Estimate:
+def ratio(above: NDArray[np.int64], below: NDArray[np.int64], weight: NDArray[np.float64] | None = None) -> Estimate:
     """Return the ratio of two sums over documents, with its confidence interval.
 
-    The variance is that of a ratio estimator over documents drawn with equal probability (W. G. Cochran, Sampling
-    Techniques, 1977, section 6.4): that of what documents differ from the ratio by.
+    The variance is that of a ratio estimator over documents (W. G. Cochran, Sampling Techniques, 1977, section 6.4): of
+    what documents differ from the ratio by, each as often as its `weight` says (None: once).
     """
-    n, total = len(above), float(below.sum())
+    weight = np.ones(len(above)) if weight is None else weight
+    n, total = len(above), float(np.dot(weight, below))
     if total == 0:
-        return Estimate(math.inf if above.sum() else 0.0, None, None)
-    value = float(above.sum()) / total
+        return Estimate(0.0, None, None)
+    value = float(np.dot(weight, above)) / total
     if n < 2:
         return Estimate(value, None, None)
-    apart = above - value * below
+    apart = weight * (above - value * below)
     reach = _Z * math.sqrt(n / (n - 1) * float(np.dot(apart, apart))) / total
     return Estimate(value, value - reach, value + reach)
 
 
 def _by_group(
-    group: NDArray[np.int64], names: Sequence[str], nbytes: NDArray[np.int64], tokens: NDArray[np.int64]
+    group: NDArray[np.int64], names: Sequence[str], sizes: _Sizes, tokens: NDArray[np.int64]
 ) -> dict[str, Estimate]:
-    text = np.bincount(group, nbytes, minlength=len(names))
+    text = np.bincount(group, sizes.nbytes * sizes.weight, minlength=len(names))
     largest = np.argsort(-text, kind="stable")[:MOST_GROUPS].tolist()
-    return {names[each]: ratio(nbytes[group == each], tokens[group == each]) for each in largest if text[each]}
+    inside = {each: group == each for each in largest if text[each]}
+    return {names[each]: ratio(sizes.nbytes[here], tokens[here], sizes.weight[here]) for each, here in inside.items()}
 
 
 def _encoded(values: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -309,9 +315,9 @@ def _lost(
 
     Documents with control-token strings are not asked: what is a control token is not text.
     """
-    asked = np.flatnonzero((flags & SPECIAL) == 0)
+    asked = np.random.default_rng(0).permutation(np.flatnonzero((flags & SPECIAL) == 0))  # from all over the sample
     sizes = np.cumsum(pc.binary_length(texts).to_numpy()[asked])
-    asked = asked[: max(1, int(np.searchsorted(sizes, _BACK_NBYTES)))]
+    asked = np.sort(asked[: max(1, int(np.searchsorted(sizes, _BACK_NBYTES)))])
     begins = np.concatenate([[0], ends[:-1]])
     back = reference.decode_batch([ids[begins[at] : ends[at]].tolist() for at in asked.tolist()])
     lost, example = 0, ""

@@ -33,9 +33,8 @@ class Sample(NamedTuple):
     metadata: pa.Table | None
     """A row for each; None where no columns are asked for."""
     corpus_files: int
-    corpus_documents: int
-    """Estimate, as is the size of their text."""
-    corpus_text_nbytes: int
+    weight: NDArray[np.float64]
+    """How many documents of the corpus each stands for, shape `(documents,)`."""
     is_from_beginnings: bool
     """Whether files that cannot be read from the middle gave their first documents only."""
     bad: dict[str, str]
@@ -43,7 +42,7 @@ class Sample(NamedTuple):
 
 
 def take_sample(corpus: Corpus, nbytes: int) -> Sample:
-    """Take about `nbytes` of text, from each file as much as is its share of the corpus.
+    """Take about `nbytes` of text, from each file as much as is its share of the text, as far as can be told.
 
     Parquet files give documents from several places, others their first ones.
 
@@ -52,22 +51,21 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
     """
     count = len(corpus.files)
     chosen = [i * count // min(count, _MOST_FILES) for i in range(min(count, _MOST_FILES))]
-    sizes = np.array([corpus.files[index].nbytes for index in chosen], np.float64)
-    scale = sum(file.nbytes for file in corpus.files) / max(1.0, float(sizes.sum()))
-    wanted = np.maximum(1.0, sizes / max(1.0, sizes.sum()) * nbytes)
+    scale = sum(each.nbytes for each in corpus.files) / max(1, sum(corpus.files[index].nbytes for index in chosen))
+    held = [corpus.open(index, span_rows=_SPAN_ROWS).figures() for index in chosen]
+    share = nbytes / max(1, sum(figures.text_nbytes for figures in held))
     texts: list[pa.Array] = []
     metadata: list[pa.Table] = []
     file: list[int] = []
-    documents = text_nbytes = 0.0
+    weight: list[float] = []
     bad_rows: dict[str, str] = {}
     is_cut = False
-    for number, index in enumerate(chosen):
-        figures = corpus.open(index, span_rows=_SPAN_ROWS).figures()
+    for number, (index, figures) in enumerate(zip(chosen, held, strict=True)):
         if figures.rows == 0:
             continue
-        reader = corpus.open(index, span_rows=_SPAN_ROWS)
-        looked_at = held = kept = 0
-        for found in _read(reader, wanted[number], from_middle=format_of(corpus.files[index].path) == "parquet"):
+        reader, is_parquet = corpus.open(index, span_rows=_SPAN_ROWS), format_of(corpus.files[index].path) == "parquet"
+        looked_at = kept = 0
+        for found in _read(reader, max(1.0, figures.text_nbytes * share), from_middle=is_parquet):
             strings, bad = validated_texts([found])
             has_text = pc.greater(pc.binary_length(strings), 0).fill_null(False).to_numpy(zero_copy_only=False).copy()
             has_text[list(bad)] = False
@@ -75,13 +73,11 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
                 bad_rows.setdefault(corpus.files[index].path, next(iter(bad.values())))
             texts.append(strings.filter(pa.array(has_text)))
             looked_at, kept = looked_at + len(strings), kept + len(texts[-1])
-            held += pc.sum(pc.binary_length(texts[-1])).as_py() or 0
-            file += [number] * len(texts[-1])
             if found.metadata is not None:
                 metadata.append(found.metadata.filter(pa.array(has_text)))
-        is_cut = is_cut or looked_at < figures.rows
-        documents += scale * figures.rows * kept / max(1, looked_at)
-        text_nbytes += scale * figures.rows * held / max(1, looked_at)
+        is_cut = is_cut or (not is_parquet and looked_at < figures.rows)
+        file += [number] * kept
+        weight += [scale * figures.rows / max(1, looked_at)] * kept
     if not file:
         found_bad = "".join(f"; {path}: {reason}" for path, reason in list(bad_rows.items())[:3])
         names = corpus.name_of(corpus.files[0].path) if count == 1 else f"{corpus.location.name}: {count} files"
@@ -95,9 +91,8 @@ def take_sample(corpus: Corpus, nbytes: int) -> Sample:
         [corpus.files[index].path for index in chosen],
         pa.concat_tables(metadata) if metadata else None,
         count,
-        round(documents),
-        round(text_nbytes),
-        is_cut and any(format_of(corpus.files[index].path) != "parquet" for index in chosen),
+        np.array(weight, np.float64),
+        is_cut,
         bad_rows,
     )
 

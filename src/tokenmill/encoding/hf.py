@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -42,6 +43,8 @@ for text in sys.argv[1:]:
 """Program text: loads a tokenizer and encodes some texts. A text it cannot encode is no fault of the file."""
 
 
+_REPLACEMENT, _REPLACEMENT_IN_BYTES = "\ufffd", "\u00ef\u00bf\u00bd"
+"""What stands for bytes that are no character, and how a byte-level vocabulary writes that character itself."""
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -140,31 +143,63 @@ class HFBackend:
         return CannotEncodeError(0, f"{_first_line(error)} (in one of {len(values)} rows, each of which alone passes)")
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some tokens, control tokens shown."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        """Return the text of some tokens, control tokens shown; their names where the library cannot decode them."""
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+        except BaseException as error:
+            if not _is_of_the_library(error):
+                raise
+            return "".join(map(self.name_of, ids))
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
-        """Return the text of each list of tokens, control tokens shown."""
-        texts: list[str] = self._tokenizer.decode_batch(ids, skip_special_tokens=False)
-        return texts
+        """Return the text of each list of tokens, as `decode`."""
+        try:
+            return list(self._tokenizer.decode_batch(ids, skip_special_tokens=False))
+        except BaseException as error:
+            if not _is_of_the_library(error):
+                raise
+            return [self.decode(each) for each in ids]
 
     def unknown_id(self) -> int | None:
         """Return the id of text that the vocabulary has no token for; None if there is none such."""
-        name = getattr(self._tokenizer.model, "unk_token", None)
-        return None if name is None else self._tokenizer.token_to_id(name)
+        model = msgspec.json.decode(self._tokenizer.to_str())["model"]
+        name, found = model.get("unk_token"), model.get("unk_id")  # the latter of Unigram
+        return found if name is None else self._tokenizer.token_to_id(name)
 
     def pieces(self, ids: list[int]) -> list[str]:
         """Return the text that each token adds; a token that only begins a character adds none yet."""
+        found = []
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
-        return [stream.step(self._tokenizer, token) or "" for token in ids]
+        for token in ids:
+            try:
+                found.append(stream.step(self._tokenizer, token) or "")
+            except BaseException as error:
+                if not _is_of_the_library(error):
+                    raise
+                # A character that was cut off before this token can change how the text before it reads.
+                stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+                found.append(self.decode([token]))
+        return found
 
     def texts_of(self, ids: list[int]) -> list[str | None]:
         """Return the text that each token adds after another; None for one that is only a part of a character."""
-        anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        before = self._tokenizer.decode(anchor, skip_special_tokens=False)
-        after = self._tokenizer.decode_batch([[*anchor, token] for token in ids], skip_special_tokens=False)
+        try:
+            anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        except BaseException as error:
+            if not _is_of_the_library(error):
+                raise
+            anchor = []  # the vocabulary cannot write it
+        before = self.decode(anchor)
+        after = self.decode_batch([[*anchor, token] for token in ids])
         added = (text[len(before) :] if text.startswith(before) else text for text in after)
-        return [None if "\ufffd" in text else text for text in added]
+        return [None if self._is_part(token, text) else text for token, text in zip(ids, added, strict=True)]
+
+    def _is_part(self, token: int, text: str) -> bool:
+        """Return whether a token is a part of a character; U+FFFD may also be what the text itself has."""
+        if _REPLACEMENT not in text:
+            return False
+        name = self.name_of(token)
+        return max(name.count(_REPLACEMENT), name.count(_REPLACEMENT_IN_BYTES)) != text.count(_REPLACEMENT)
 
     def nbytes_of(self, ids: list[int]) -> NDArray[np.int64]:
         """Return the bytes of text that each token stands for, in UTF-8, shape `(len(ids),)`."""

@@ -197,6 +197,12 @@ class DocumentIndex:
         """Yield the documents of all sidecars in order, a row group at a time."""
         for shard in range(len(self._shards)):
             with self._opened(shard) as file:
+                found, expected = file.metadata.num_rows, self._shards[shard].documents
+                if found != expected:
+                    raise DataRootError(
+                        f"{self._root / layout.documents_name(shard)}: expected {expected} documents, found {found}",
+                        next_step=_VERIFY,
+                    )
                 for group in range(file.num_row_groups):
                     yield self._checked(file.read_row_group(group, use_threads=False), self._schema)
 

@@ -139,6 +139,11 @@ def _of_root(found: DataRoot) -> _Stored:
     for table in documents.tables():
         here = slice(at, at + len(table))
         file[here] = file_numbers(table, numbers)
+        if len(table) and int(file[here].min()) < 0:
+            raise DataRootError(
+                f"{found.root}: a documents sidecar names a source file that the manifest does not list",
+                next_step="run tokenmill verify on the data root",
+            )
         row[here], tokens[here] = table["row"].to_numpy(), table["tokens"].to_numpy()
         if "text_xxh3" not in table.column_names:
             identity = None

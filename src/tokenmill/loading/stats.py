@@ -27,6 +27,8 @@ CHUNK_TOKENS = 1 << 22
 _RESIDENT_NBYTES = 256 << 20
 _POINT = 0x9E3779B97F4A7C15
 """Where the polynomial of `token_hashes` is evaluated; any large odd number would do."""
+NULL = "(null)"
+"""Key of tokens whose documents have no value."""
 _TOP = 20
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 _LISTED_DUPLICATES = 10
@@ -92,11 +94,12 @@ class Stats(msgspec.Struct, kw_only=True):
     document_histogram: list[LengthBin] | None
     """Four bins for each doubling of the length."""
     tokens_by_source: dict[str, int] | None
-    """Of whole documents. Of a mixture, those of its data roots, whatever their weight."""
+    """As far as they are in the stream. Of a mixture, those of its data roots, whatever their weight."""
     text_nbytes_by_source: dict[str, int] | None
     """Bytes of the text, in UTF-8, that these tokens stand for; None where the tokenizer is not at hand."""
     tokens_by_value: dict[str, dict[str, int] | None] | None
-    """Of each metadata column, tokens by its value; None for a column with more than `options.MAX_VALUES` of them."""
+    """Of each metadata column, tokens by its value, `NULL` where there is none; None for a column with more than
+    `options.MAX_VALUES` of them."""
     rank_frequency: list[tuple[int, int]]
     """Ranks of tokens, the most frequent being 1, and how often that token occurs; about 30 to a factor of ten."""
     control_tokens: list[TokenCount] | None
@@ -197,13 +200,15 @@ def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None) -> 
     nbytes_of = _nbytes_of_ids(found, backend)
     for table, stream in _tables(found):
         lengths.append(np.unique(table["tokens"].to_numpy(), return_counts=True))
-        by_source.update(_sums_by(table["source"], table["tokens"]))
+        tokens = np.minimum(table["tokens"].to_numpy(), stream.tokens - table["start"].to_numpy())
+        in_stream = pa.array(tokens)
+        by_source.update(_sums_by(table["source"], in_stream))
         if nbytes_of is not None:
             text_nbytes.update(_sums_by(table["source"], pa.array(_text_nbytes(table, stream, nbytes_of))))
         for column in table.column_names:
             if column not in SIDECAR_COLUMNS and (before := by_value.setdefault(column, {})) is not None:
                 sums = Counter(before)
-                sums.update(_sums_by(table[column], table["tokens"]))
+                sums.update(_sums_by(table[column], in_stream))
                 by_value[column] = dict(sums) if len(sums) <= MAX_VALUES else None
     length, which = np.unique(np.concatenate([each for each, _ in lengths]), return_inverse=True)
     documents = np.bincount(which, np.concatenate([each for _, each in lengths])).astype(np.int64)
@@ -217,10 +222,12 @@ def _document_figures(found: DataRoot | OpenView, backend: HFBackend | None) -> 
 
 
 def _sums_by(keys: pa.ChunkedArray, values: pa.ChunkedArray | pa.Array) -> dict[str, int]:
-    """Return the sum of the values of each key; keys as JSON writes them, but for text, which stays as it is."""
+    """Return the sum of the values of each key: `NULL`, text as it is, and others as JSON writes them."""
     sums = pa.table({"key": keys, "value": values}).group_by("key").aggregate([("value", "sum")])
-    names = (key if isinstance(key, str) else json.dumps(key) for key in sums["key"].to_pylist())
-    return dict(zip(names, sums["value_sum"].to_pylist(), strict=True))
+    found: Counter[str] = Counter()
+    for key, value in zip(sums["key"].to_pylist(), sums["value_sum"].to_pylist(), strict=True):
+        found[NULL if key is None else key if isinstance(key, str) else json.dumps(key)] += value
+    return found
 
 
 def percentiles(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> dict[str, float]:
@@ -267,6 +274,12 @@ def _text_nbytes(table: pa.Table, stream: TokenStream, nbytes_of: NDArray[np.int
     while first < len(starts):
         begin = int(starts[first])
         last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
+        if int(ends[first]) - begin > CHUNK_TOKENS:  # a piece at a time
+            pieces = range(begin, int(ends[first]), CHUNK_TOKENS)
+            chunks = (stream.read(at, min(at + CHUNK_TOKENS, int(ends[first]))) for at in pieces)
+            found[first] = sum(int(nbytes_of[np.minimum(chunk, len(nbytes_of) - 1)].sum()) for chunk in chunks)
+            first += 1
+            continue
         tokens = stream.read(begin, int(ends[last - 1]))
         sums = np.concatenate([[0], np.cumsum(nbytes_of[np.minimum(tokens, len(nbytes_of) - 1)])])
         found[first:last] = sums[ends[first:last] - begin] - sums[starts[first:last] - begin]

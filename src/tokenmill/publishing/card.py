@@ -69,11 +69,7 @@ def write_card(
     root = Path(root)
     facts = find_facts(root, name=name, license=license, url=url)
     path = root / README
-    if path.exists() and not overwrite and not _is_as_written(path.read_text("utf-8", "replace")):
-        raise DataRootError(
-            f"{path}: was not made by tokenmill card, or was changed since, and would be replaced",
-            next_step="move it away, or say --overwrite (overwrite=True)",
-        )
+    _require_ours(root, overwrite=overwrite)
     notes = []
     if url is not None and not url.startswith(("http://", "https://")):
         notes.append(f"--url {url}: expected a page on the web, https://...")
@@ -84,13 +80,28 @@ def write_card(
     except TokenizerError as error:
         notes.append(f"there is no preview: {error.message}")
     else:
-        (root / PREVIEW).parent.mkdir(exist_ok=True)
+        with atomic.translate_write_errors((root / PREVIEW).parent):
+            (root / PREVIEW).parent.mkdir(exist_ok=True)
         atomic.write_whole(root / PREVIEW, data)
         facts.files[PREVIEW] = (len(data), hashlib.sha256(data).hexdigest())
     atomic.write_whole(root / CROISSANT, croissant(facts))
     atomic.write_whole(path, readme(facts).encode("utf-8", "backslashreplace"))
     written = [name for name in (README, CROISSANT, PREVIEW) if name != PREVIEW or PREVIEW in facts.files]
     return CardReport(str(root), written, notes)
+
+
+def _require_ours(root: Path, *, overwrite: bool) -> None:
+    """Refuse to replace what `write_card` did not write, or what was changed since."""
+    path = root / README
+    with atomic.translate_read_errors(path):
+        card = path.read_text("utf-8", "replace") if path.exists() else None
+    lost = [path] if card is not None and not _is_as_written(card) else []
+    lost += [root / name for name in (CROISSANT, PREVIEW) if card is None and (root / name).exists()]
+    if lost and not overwrite:
+        raise DataRootError(
+            f"{lost[0]}: was not made by tokenmill card, or was changed since, and would be replaced",
+            next_step="move it away, or say --overwrite (overwrite=True)",
+        )
 
 
 def _is_as_written(text: str) -> bool:
@@ -146,7 +157,7 @@ def _body(facts: Facts) -> str:
 def _yaml(facts: Facts) -> list[str]:
     """Return the head of the card; JSON strings are YAML strings, too."""
     size = next((name for most, name in _SIZES.items() if facts.manifest.documents < most), "n>1B")
-    lines = ["---", f"pretty_name: {json.dumps(facts.name)}"]
+    lines = ["---", f"pretty_name: {json.dumps(facts.name, ensure_ascii=False)}"]
     if facts.license:
         lines.append(f"license: {json.dumps(facts.license)}")
     lines += ["task_categories:", "- text-generation", "size_categories:", f"- {size}", "tags:", "- tokenized"]

@@ -6,6 +6,7 @@ in the terms of W3C's PROV-O, as its section on provenance recommends.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -14,9 +15,11 @@ import pyarrow as pa
 from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.publishing.facts import Facts
 from tokenmill.publishing.preview import PREVIEW, SCHEMA
+from tokenmill.recipe import SIDECAR_COLUMNS
 
 CROISSANT = "croissant.json"
 _VERSION = "http://mlcommons.org/croissant/1.1"
+_NOT_IN_IDS = re.compile(r"[^\w.-]")
 _PARQUET = "application/x-parquet"
 """As the hub and the reader of MLCommons name it."""
 _FORMATS = {".parquet": _PARQUET, ".json": "application/json", ".jsonl": "application/jsonlines"}
@@ -145,6 +148,7 @@ def _file_object(name: str, nbytes: int, sha256: str) -> dict[str, str]:
 
 def _record_set(name: str, description: str, where: dict[str, str], schema: pa.Schema) -> dict[str, Any]:
     ((kind, id),) = where.items()
+    known = SCHEMA.names if name == "preview" else SIDECAR_COLUMNS
     return {
         "@type": "cr:RecordSet",
         "@id": name,
@@ -153,9 +157,9 @@ def _record_set(name: str, description: str, where: dict[str, str], schema: pa.S
         "field": [
             {
                 "@type": "cr:Field",
-                "@id": f"{name}/{field.name}",
+                "@id": f"{name}/{_NOT_IN_IDS.sub('_', field.name)}",
                 "name": field.name,
-                "description": _FIELDS.get(field.name, "Metadata column of the recipe."),
+                "description": _FIELDS[field.name] if field.name in known else "Metadata column of the recipe.",
                 "dataType": _data_type(field.type),
                 **({"isArray": True, "arrayShape": "-1"} if pa.types.is_list(field.type) else {}),
                 "source": {kind: {"@id": id}, "extract": {"column": field.name}},

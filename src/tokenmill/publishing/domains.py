@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from tokenmill.loading.data_root import DataRoot
 
 URL_COLUMN = "url"
-_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
+_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*\]|[^/?#:\[\]@]+)(?:[:/?#]|$)"
 _LEAST = 20
 _MERGED_ROWS = 1 << 20
 """Rows of sums that are merged at once."""

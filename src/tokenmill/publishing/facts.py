@@ -13,6 +13,7 @@ from tokenmill.errors import DataRootError
 from tokenmill.loading.data_root import DataRoot
 from tokenmill.loading.view import open_view
 from tokenmill.publishing.domains import URL_COLUMN, Domains, count_domains
+from tokenmill.redact import escape_surrogates
 
 _MOST_DOMAINS = 1_000
 HUB = "https://huggingface.co"
@@ -89,10 +90,11 @@ def find_facts(root: Path, *, name: str | None, license: str | None, url: str | 
         )
     record = record if record is not None and record.complete else None
     found = DataRoot(root, manifest, record)
-    has_urls = any(column.name == URL_COLUMN for column in manifest.recipe.metadata)
+    columns = manifest.recipe.metadata
+    has_urls = any((column.name, column.kind) == (URL_COLUMN, "string") for column in columns)
     samples = f", as samples of {record.seq_len:,}" if record is not None else ""
     return Facts(
-        name=name or root.resolve().name,
+        name=escape_surrogates(name or root.resolve().name),
         description=(
             f"{manifest.tokens:,} tokens of {manifest.documents:,} documents ({manifest.stored_dtype}){samples}, made "
             f"by tokenmill with the tokenizer {short_name(manifest.tokenizer.name)}."
@@ -122,7 +124,15 @@ def _files(root: Path, manifest: Manifest, record: Consolidated | None) -> dict[
     for name in (layout.MANIFEST, layout.CONSOLIDATED):
         if (root / name).is_file():
             known[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
-    return {name: ((root / name).stat().st_size, sha256) for name, sha256 in known.items() if (root / name).is_file()}
+    if record is not None and not any((root / layout.shard_name(shard.index)).exists() for shard in manifest.shards):
+        for shard in manifest.shards:  # they are in `tokens.bin`
+            del known[layout.shard_name(shard.index)]
+    if lacking := [name for name in known if not (root / name).is_file()]:
+        raise DataRootError(
+            f"{root}: {lacking[0]} is missing, which its records name ({len(lacking)} such files)",
+            next_step="run tokenmill verify on the data root, or download the rest of it",
+        )
+    return {name: ((root / name).stat().st_size, sha256) for name, sha256 in known.items()}
 
 
 def _lineage(manifest: Manifest) -> list[Lineage]:
@@ -137,6 +147,8 @@ def _lineage(manifest: Manifest) -> list[Lineage]:
 def _source(entry: str, revision: str | None) -> Lineage:
     """Return where a corpus is; of a local one the name alone, as its path is nobody else's business."""
     scheme, mark, rest = entry.partition("://")
+    if scheme == "file":
+        return Lineage(short_name(rest), None)
     if scheme == "hf" or (not mark and revision is not None):
         match = re.match(r"(?:datasets/)?([\w.-]+/[\w.-]+)", rest if mark else entry)
         name = match[1] if match else entry
@@ -144,9 +156,10 @@ def _source(entry: str, revision: str | None) -> Lineage:
         return Lineage(f"data set {name} of the Hugging Face hub at {at}", f"{HUB}/datasets/{name}/tree/{at}")
     if scheme in ("http", "https"):
         return Lineage(entry, entry)
-    return Lineage(entry if mark else short_name(entry), None)
+    return Lineage(entry.partition("?")[0] if mark else short_name(entry), None)
 
 
 def short_name(path: str) -> str:
     """Return the last part of a local path; a name of the hub as it is."""
+    path = escape_surrogates(path)
     return path.rstrip("/").rpartition("/")[2] if path.startswith(("/", ".", "~")) or path.count("/") > 1 else path

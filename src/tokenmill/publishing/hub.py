@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from tokenmill.dataroot import layout
 from tokenmill.errors import StorageError
 from tokenmill.publishing.card import README, write_card
 from tokenmill.publishing.croissant import CROISSANT
@@ -82,10 +83,16 @@ def upload_to_hub(
     if not has_card:
         notes += write_card(root, name=name.partition("/")[2], license=license, url=url).notes
     sizes |= _card_sizes(root)
-    commit = hub.send_dataset(name, root, list(sizes), private=private)
+    commit = hub.send_dataset(name, root, list(sizes), is_ours=_is_of_a_data_root, private=private)
     expected = {path: sha256 for path, (_, sha256) in facts.files.items()}
     _compare(root, name, commit, sizes, expected)
     return PublishReport(url, commit, sizes, notes)
+
+
+def _is_of_a_data_root(path: str) -> bool:
+    """Return whether a file of the repository belongs to a data root: if not to this one, to an earlier one."""
+    known = (layout.TOKENS, layout.SAMPLE_IDS, layout.MANIFEST, layout.CONSOLIDATED, layout.SKIPPED)
+    return path in known or re.fullmatch(r"train_\d{6,}\.npy|documents_\d{6,}\.parquet", path) is not None
 
 
 def _card_sizes(root: Path) -> dict[str, int]:

@@ -125,8 +125,12 @@ def open_dataset(name: str, revision: str | None, retrier: Retrier) -> Repositor
     return Repository(name, commit, files, card)
 
 
-def send_dataset(name: str, folder: Path, paths: Sequence[str], *, private: bool) -> str:
+def send_dataset(
+    name: str, folder: Path, paths: Sequence[str], *, is_ours: Callable[[str], bool], private: bool
+) -> str:
     """Send files of a directory to a data set, which is made if there is none; return the commit that has them all.
+
+    Other files of the data set of which `is_ours` is true are deleted there: they are of an earlier one.
 
     The library's own way for large folders sends them: what arrived by an earlier call is not sent again.
 
@@ -144,6 +148,10 @@ def send_dataset(name: str, folder: Path, paths: Sequence[str], *, private: bool
         else:
             message = "Upload with tokenmill"
             api.upload_folder(**kind, folder_path=folder, allow_patterns=patterns, commit_message=message)
+        there = api.list_repo_files(**kind)
+        if stale := [path for path in there if is_ours(path) and path not in paths]:
+            message = "Remove files of an earlier data set"
+            api.delete_files(**kind, delete_patterns=list(map(glob.escape, stale)), commit_message=message)
         commit = api.dataset_info(name).sha
     except Exception as error:  # noqa: BLE001  # the client passes on whatever its transport raises
         reason = redact(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")

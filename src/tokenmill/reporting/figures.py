@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import urllib.parse
@@ -25,6 +26,7 @@ from tokenmill.loading.stats import Stats, stats
 from tokenmill.loading.view import PADDING_PLACE, OpenView, open_root
 from tokenmill.options import OnBytes
 from tokenmill.progress import TOKENIZING, ProgressRow, logged_rows
+from tokenmill.redact import escape_surrogates
 
 SAMPLES = 100
 """Random samples that a reader can look into."""
@@ -36,6 +38,8 @@ _WINDOWS = 60
 _LONGEST_VALUE = 200
 """Characters of a metadata value that are shown."""
 _RUN_ROWS = 600
+_VALUES_NBYTES = 300_000
+"""Size of the metadata values that the page holds; of more it has those with the most tokens."""
 _FOLDERS_UP = 8
 _HUB = "https://huggingface.co"
 
@@ -146,13 +150,16 @@ def figures(
     """
     found = open_root(root)
     counted = stats(root, on_progress=on_progress)
+    for column, values in (counted.tokens_by_value or {}).items():
+        if values is not None and counted.tokens_by_value is not None:
+            counted.tokens_by_value[column] = _largest(values, _VALUES_NBYTES // len(counted.tokens_by_value))
     order, order_note = _order(root)
     shown, shown_note = _shown(found)
     stream = found.tokens()
     is_view = isinstance(found, OpenView)
     return Figures(
-        name=root.resolve().name,
-        root=str(root),
+        name=escape_surrogates(root.resolve().name),
+        root=escape_surrogates(root),
         tokenizer=found.tokenizer.name if found.tokenizer is not None else "",
         seq_len=found.seq_len,
         samples=stream.tokens // found.seq_len,
@@ -170,6 +177,19 @@ def figures(
         comparison=comparison,
         shown_note=shown_note,
     )
+
+
+def _largest(values: dict[str, int], room: int) -> dict[str, int]:
+    """Return the values with the most tokens, as many as there is room for, in bytes."""
+    if len(msgspec.json.encode(values)) <= room:
+        return values
+    kept: dict[str, int] = {}
+    for name, tokens in sorted(values.items(), key=lambda item: -item[1]):
+        room -= len(name.encode()) + 20
+        if room < 0:
+            break
+        kept[name] = tokens
+    return kept
 
 
 def _order(root: Path) -> tuple[OrderQuality | None, str]:
@@ -282,9 +302,12 @@ def _shown(found: DataRoot | OpenView) -> tuple[list[ShownSample], str]:
     except TokenizerError as error:
         return [], error.message
     while (nbytes := _size(shown)) > _SHOWN_NBYTES:
-        limit = max(1, int(limit * 0.97 * _SHOWN_NBYTES / nbytes))
-        for sample in shown:
-            _cut(sample, limit)
+        if limit > 1:
+            limit = max(1, int(limit * 0.97 * _SHOWN_NBYTES / nbytes))
+            for sample in shown:
+                _cut(sample, limit)
+        else:  # it is their metadata that takes the room
+            shown = shown[::2]
     note = "" if limit == found.seq_len else f"Of each sample the page holds the first {limit:,} tokens."
     return shown, note
 
@@ -379,6 +402,7 @@ def source_link(manifest: Manifest, path: str) -> str | None:
 def _local(dataset: Path, path: str) -> str | None:
     """Return the file of a corpus of this machine: paths are relative to the folder that all its files are in."""
     for folder in (dataset, *list(dataset.absolute().parents)[:_FOLDERS_UP]):
-        if (folder / path).is_file():
-            return (folder / path).resolve().as_uri()
+        with contextlib.suppress(OSError):  # a folder that may not be looked into
+            if (folder / path).is_file():
+                return (folder / path).resolve().as_uri()
     return None

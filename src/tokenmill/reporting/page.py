@@ -17,6 +17,8 @@ from tokenmill.progress import count, duration
 from tokenmill.reporting import charts
 from tokenmill.reporting.figures import Figures
 
+_LONGEST_NAME = 200
+"""Characters of a name, or of a value, in a chart or a table."""
 _LONGEST_TABLE = 300
 """Rows of a table; of a longer one the page has the first."""
 
@@ -234,7 +236,9 @@ def _sources(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
 
 
 def _bars(specs: dict[str, charts.Spec], chart: str, title: str, values: Mapping[str, float], what: str) -> list[Block]:
-    ranked = sorted(values.items(), key=lambda item: -item[1]) if what == "tokens" else list(values.items())
+    ranked = [(name[:_LONGEST_NAME], value) for name, value in values.items()]
+    if what == "tokens":
+        ranked.sort(key=lambda item: -item[1])
     specs[chart] = charts.bars(ranked, what, figures="," if what == "tokens" else ".3f")
     shown = ""
     if len(values) > charts.MOST_BARS:

@@ -9,10 +9,28 @@ import msgspec
 
 from tokenmill.comparison.compare import Comparison
 from tokenmill.dataroot import atomic
-from tokenmill.errors import ExtraError, QueryError
+from tokenmill.errors import ExtraError, QueryError, StorageError
 from tokenmill.options import OnBytes
 from tokenmill.progress import also_shown
+from tokenmill.redact import escape_surrogates
 from tokenmill.reporting.figures import figures
+
+_BEGINNING = b"<!doctype html>"
+
+
+def _require_report(path: Path) -> None:
+    """Refuse to replace what is no page: a file of the data root, say, or a device."""
+    with atomic.translate_read_errors(path):
+        if not path.exists():
+            return
+        beginning = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                beginning = file.read(len(_BEGINNING))
+    if beginning != _BEGINNING:
+        raise StorageError(
+            f"{path}: is there and is no HTML page, and would be replaced", next_step="give another file with -o"
+        )
 
 
 def _loaded(path: Path | str | None) -> Comparison | None:
@@ -56,7 +74,7 @@ def report(
         DataRootError: the data set is not finished.
         QueryError: `comparison` is no such file.
         ExtraError: the extra `report` is not installed.
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written, or is there and no page.
     """
     started = time.monotonic()
     try:
@@ -65,9 +83,10 @@ def report(
         raise ExtraError(
             f"a report needs the extra report: {error}", next_step="run: pip install 'tokenmill[report]'"
         ) from None
+    path = Path(output)
+    _require_report(path)
     with also_shown(on_progress, wanted=progress) as tell:
         found = figures(Path(root), _loaded(comparison), on_progress=tell)
     data = page(found).encode("utf-8", "backslashreplace")
-    path = Path(output)
     atomic.write_whole(path, data)
-    return ReportSummary(str(path), len(data), round(time.monotonic() - started, 3))
+    return ReportSummary(escape_surrogates(path), len(data), round(time.monotonic() - started, 3))
