@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \
 	tests/corpus/test_listing.py tests/corpus/test_metadata.py tests/interchange/test_import.py tests/corpus/test_order.py tests/dataroot/test_locks.py tests/remote/test_network.py \
 	tests/remote/test_hub.py tests/shards/test_pack.py tests/views/test_views.py tests/pipeline/test_pipeline.py tests/cli/test_flow.py \
-	tests/comparison/test_compare.py tests/publishing/test_publishing.py tests/reporting/test_report.py
+	tests/comparison/test_compare.py tests/publishing/test_publishing.py tests/reporting/test_report.py::test_the_numbers_of_the_page_are_those_of_stats \
+	tests/reporting/test_report.py::test_a_browser_draws_every_chart
 
 .PHONY: demo test test-lowest test-cluster interop campaign docs dist check format clean
 
