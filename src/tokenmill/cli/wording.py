@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # names of types only: what a command does not use it does no
     from pathlib import Path
 
     from tokenmill.cli.first_shard import ShardStatistics
-    from tokenmill.comparison.compare import Comparison, Estimate
+    from tokenmill.comparison.compare import Comparison
     from tokenmill.dataroot.manifest import Consolidated, FileLedger
     from tokenmill.dataroot.proof import Check, Proof
     from tokenmill.dataroot.view_record import ViewRecord
@@ -451,8 +451,7 @@ def _largest(sizes: Mapping[str, int], *, every: bool) -> tuple[list[str], str]:
 
 def _token(token: TokenCount) -> str:
     """Return a token as its text, which spaces and line ends are visible in; its name where it has no text."""
-    shown = f"{token.text!r}" if token.text else f"{token.name or token.id}"
-    return f"{shown}"
+    return repr(token.text) if token.text else f"{token.name or token.id}"
 
 
 def stats_lines(found: Stats, *, every: bool = False) -> list[str]:
@@ -639,9 +638,9 @@ def comparison_lines(found: Comparison) -> list[str]:
     rows: dict[str, list[str]] = {
         "": [each.name for each in found.tokenizers],
         "ids": [f"{each.vocab_size:,}" for each in found.tokenizers],
-        "bytes per token": [_estimate(each.bytes_per_token) for each in found.tokenizers],
-        "characters per token": [_estimate(each.characters_per_token) for each in found.tokenizers],
-        "tokens, to the first": [_estimate(each.relative_tokens) for each in found.tokenizers],
+        "bytes per token": [each.bytes_per_token.text for each in found.tokenizers],
+        "characters per token": [each.characters_per_token.text for each in found.tokenizers],
+        "tokens, to the first": [each.relative_tokens.text for each in found.tokenizers],
         "ids in use": [f"{each.used_ids:,} ({each.used_ids / each.vocab_size:.1%})" for each in found.tokenizers],
         "parts of characters": [f"{each.byte_share:.3%}" for each in found.tokenizers],
         "unknown": [f"{each.unknown_share:.3%}" for each in found.tokenizers],
@@ -664,17 +663,11 @@ def comparison_lines(found: Comparison) -> list[str]:
     groups |= {column: [each.by_value[column] for each in found.tokenizers] for column in first.by_value}
     for what, estimates in groups.items():
         table = {f"bytes per token by {what}": [each.name for each in found.tokenizers]}
-        table |= {name: [_estimate(each[name]) for each in estimates] for name in estimates[0]}
+        table |= {name: [each[name].text for each in estimates] for name in estimates[0]}
         lines += ["", *_columns(table)]
         if len(estimates[0]) == MOST_GROUPS:
             lines.append(f"(those with the most text, at most {MOST_GROUPS})")
     return [*lines, *(f"note: {note}" for note in found.notes)]
-
-
-def _estimate(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} \u00b1 {(found.high - found.low) / 2:.3f}"
 
 
 _WIDEST = 40

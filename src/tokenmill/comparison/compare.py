@@ -45,6 +45,13 @@ class Estimate(msgspec.Struct):
     high: float | None
     """None: there are too few documents to tell."""
 
+    @property
+    def text(self) -> str:
+        """As a person reads it."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} \u00b1 {(self.high - self.low) / 2:.3f}"
+
 
 class LongToken(msgspec.Struct):
     """One of the longest tokens that occur."""

@@ -11,7 +11,6 @@ import msgspec
 from markupsafe import Markup
 
 from tokenmill import __version__
-from tokenmill.comparison.compare import Estimate
 from tokenmill.loading.order_quality import Measure
 from tokenmill.progress import count, duration
 from tokenmill.reporting import charts
@@ -113,6 +112,10 @@ def _subtitle(figures: Figures) -> str:
         corpus = dataset if isinstance(dataset, str) else ", ".join(dataset)
         return f"Tokens of {corpus} by {figures.info.tokenizer.name}"
     return "Tokens without a manifest"
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 class _Tile(NamedTuple):
@@ -261,12 +264,12 @@ def _documents(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         blocks.append(_table("Percentiles of their tokens", ["", *head], [[_t("tokens"), *values]]))
     if stats.repeated_texts is not None:
         same = stats.repeated_texts
-        text = f"{same.texts:,} texts occur more than once; {same.documents:,} documents could be left out."
+        text = f"{_plural(same.texts, 'text')} more than once, {_plural(same.documents, 'document')} that repeat one."
         blocks.append(Block("text", text=f"Exact duplicates: {text}"))
     if stats.duplicates is not None:
         ids = stats.duplicates
-        text = f"Duplicate samples: {ids.ids:,} sample ids occur more than once; {ids.samples:,} samples too many."
-        blocks.append(Block("text", text=text))
+        text = f"{_plural(ids.ids, 'sample id')} more than once, {_plural(ids.samples, 'sample')} that repeat one."
+        blocks.append(Block("text", text=f"Duplicate samples: {text}"))
     return Section("documents", "Documents", blocks)
 
 
@@ -287,7 +290,7 @@ def _tokens(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         blocks.append(Block("text", text="No control token stands in the text, besides those that surround documents."))
     if figures.info is not None and figures.info.ledger:
         special = sum(entry.special for entry in figures.info.ledger)
-        blocks.append(Block("text", text=f"{special:,} documents hold the string of a control token."))
+        blocks.append(Block("text", text=f"{_plural(special, 'document')} with the string of a control token."))
     return Section("tokens", "Tokens", blocks)
 
 
@@ -303,7 +306,7 @@ def _comparison(figures: Figures, specs: dict[str, charts.Spec]) -> Section | No
     head = ("tokenizer", "ids", "bytes per token", "tokens, to the first", "ids in use", "parts of characters",
             "unknown", "documents changed", "tokens of all", "size of all", "speed")  # fmt: skip
     rows = [
-        (_t(each.name), _n(each.vocab_size), _t(_estimate(each.bytes_per_token)), _t(_estimate(each.relative_tokens)),
+        (_t(each.name), _n(each.vocab_size), _t(each.bytes_per_token.text), _t(each.relative_tokens.text),
          _n(each.used_ids), _t(f"{each.byte_share:.3%}"), _t(f"{each.unknown_share:.3%}"), _t(f"{each.lost_share:.2%}"),
          _n(each.projected_tokens), _t(f"{each.projected_nbytes / 1e9:,.3f} GB {each.dtype}"),
          _t(f"{count(each.tokens_per_second)}/s"))
@@ -319,16 +322,10 @@ def _comparison(figures: Figures, specs: dict[str, charts.Spec]) -> Section | No
     groups = {"source file": [each.by_source for each in found.tokenizers]}
     groups |= {column: [each.by_value[column] for each in found.tokenizers] for column in found.tokenizers[0].by_value}
     for what, estimates in groups.items():
-        cells = [(_t(name), *(_t(_estimate(each[name])) for each in estimates)) for name in estimates[0]]
+        cells = [(_t(name), *(_t(each[name].text) for each in estimates)) for name in estimates[0]]
         heads = (what, *(each.name for each in found.tokenizers))
         blocks.append(_table(f"Bytes per token, by {what}", heads, cells, folded=True))
     return Section("tokenizers", "Tokenizers", [*blocks, *(Block("text", text=f"Note: {n}") for n in found.notes)])
-
-
-def _estimate(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} \u00b1 {(found.high - found.low) / 2:.3f}"
 
 
 def _order(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
