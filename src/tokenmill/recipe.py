@@ -18,6 +18,7 @@ import msgspec
 
 from tokenmill.errors import RecipeError
 from tokenmill.options import LARGEST_COUNT, parse_count
+from tokenmill.redact import escape_surrogates
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_COUNT)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -223,6 +224,7 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
                 fields[name] = parse_count(text)
             except ValueError as error:
                 raise RecipeError(f"recipe {source or '(defaults)'}: {name}: {error}", next_step="correct it") from None
+    _require_utf8(fields)
     try:
         return msgspec.convert(fields, Recipe)
     except msgspec.ValidationError as error:
@@ -237,6 +239,17 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, object] | Non
             f"recipe {source or '(defaults)'}: {error}",
             next_step=f"the fields are {fields_known}; for their values see: tokenmill pretokenize --help",
         ) from None
+
+
+def _require_utf8(fields: Mapping[str, object]) -> None:
+    """Require that records can hold every text of a recipe: a path of this machine may be no UTF-8."""
+    for name, value in fields.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and not text.isascii() and text != text.encode("utf-8", "replace").decode():
+                raise RecipeError(
+                    f"{name}: {escape_surrogates(text)} is not UTF-8, which records must be",
+                    next_step="rename it, or give a link to it whose name is UTF-8",
+                )
 
 
 def validate_recipe(recipe: Recipe) -> Recipe:

@@ -150,6 +150,14 @@ def test_output_inside_the_corpus(tmp_path: Path, corpus: Path) -> None:
     assert run_cli("pretokenize", tmp_path / "out", *given(corpus)).returncode == 0
 
 
+@pytest.mark.skipif(os.name != "posix" or os.uname().sysname != "Linux", reason="other systems take no such name")
+def test_paths_that_are_not_utf8(out: Path, corpus: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/c\xff")
+    Path(odd).symlink_to(corpus)
+    fails(out, "--tokenizer", TOKENIZER, "--dataset", odd, code=2, message=r"dataset: .*c\\xff is not UTF-8")
+    fails(out, "--tokenizer", odd, "--dataset", corpus, code=2, message=r"tokenizer: .*c\\xff is not UTF-8")
+
+
 def test_recipe_mistakes(out: Path, corpus: Path, tmp_path: Path) -> None:
     fails(out, *given(corpus), "--recipe", "nonesuch", code=2, message="neither a built-in recipe nor a file")
     fails(out, "--tokenizer", TOKENIZER, code=2, message="no recipe is given: dataset is missing")
