@@ -355,7 +355,8 @@ def _repeated_texts(found: DataRoot | OpenView) -> RepeatedTexts | None:
     found_again: list[NDArray[np.uint64]] = []
     for table, stream in _tables(found) if len(repeated) else ():
         text, starts, lengths = (table[name].to_numpy() for name in ("text_xxh3", "start", "tokens"))
-        again = np.isin(text, repeated, kind="sort")
+        place = np.minimum(np.searchsorted(repeated, text), len(repeated) - 1)
+        again = repeated[place] == text
         ends = np.minimum(starts[again] + lengths[again], stream.tokens)
         found_again.append(np.stack([text[again], token_hashes(stream, starts[again], ends)]))
     if not found_again:
