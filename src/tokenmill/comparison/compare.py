@@ -226,7 +226,7 @@ def _measure(
     used = np.flatnonzero(counts)
     texts = reference.texts_of(used.tolist())
     is_part = np.array([text is None for text in texts], bool)
-    nbytes = reference.nbytes_of(used.tolist())
+    nbytes = reference.nbytes_of(used.tolist(), texts)
     lost_share, example = _lost(reference, sample.texts, ids, ends - np.arange(1, len(ends) + 1), encoded.flags)
     total = int(tokens.sum())
     projected = round(float(np.dot(sizes.weight, tokens + 1)))

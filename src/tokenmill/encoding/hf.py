@@ -201,10 +201,10 @@ class HFBackend:
         name = self.name_of(token)
         return max(name.count(_REPLACEMENT), name.count(_REPLACEMENT_IN_BYTES)) != text.count(_REPLACEMENT)
 
-    def nbytes_of(self, ids: list[int]) -> NDArray[np.int64]:
-        """Return the bytes of text that each token stands for, in UTF-8, shape `(len(ids),)`."""
+    def nbytes_of(self, ids: list[int], texts: list[str | None]) -> NDArray[np.int64]:
+        """Return the bytes that each token stands for, in UTF-8, shape `(len(ids),)`; `texts` is of `texts_of`."""
         nbytes = np.empty(len(ids), np.int64)
-        for at, (token, text) in enumerate(zip(ids, self.texts_of(ids), strict=True)):
+        for at, (token, text) in enumerate(zip(ids, texts, strict=True)):
             if text is None:  # one byte as `<0x0A>`, or, where all tokens are of bytes, a character for each of them
                 name = self.name_of(token)
                 nbytes[at] = 1 if _BYTE.fullmatch(name) else len(name)

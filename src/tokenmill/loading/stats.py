@@ -258,10 +258,10 @@ def _nbytes_of_ids(found: DataRoot | OpenView, backend: HFBackend | None) -> NDA
     recorded = found.tokenizer
     if backend is None or recorded is None:
         return None
-    ids = recorded.vocab_size
-    nbytes = np.append(backend.nbytes_of(list(range(ids))), 0)
+    ids = list(range(recorded.vocab_size))
+    nbytes = np.append(backend.nbytes_of(ids, backend.texts_of(ids)), 0)
     framing = [recorded.eos_id, recorded.bos_id, *(recorded.fim_ids or ())]
-    nbytes[[token for token in framing if token is not None and token < ids]] = 0
+    nbytes[[token for token in framing if token is not None and token < len(ids)]] = 0
     return nbytes
 
 

@@ -17,8 +17,6 @@ from tokenmill.publishing.preview import PREVIEW
 from tokenmill.remote import hub
 from tokenmill.remote.retry import Retrier
 
-SCHEME = "hf://"
-
 
 class PublishReport(msgspec.Struct):
     """What `upload_to_hub` sent."""
@@ -92,7 +90,9 @@ def upload_to_hub(
 def _is_of_a_data_root(path: str) -> bool:
     """Return whether a file of the repository belongs to a data root: if not to this one, to an earlier one."""
     known = (layout.TOKENS, layout.SAMPLE_IDS, layout.MANIFEST, layout.CONSOLIDATED, layout.SKIPPED)
-    return path in known or re.fullmatch(r"train_\d{6,}\.npy|documents_\d{6,}\.parquet", path) is not None
+    if path in known or layout.shard_index(path) is not None:
+        return True
+    return re.fullmatch(r"documents_\d{6,}\.parquet", path) is not None
 
 
 def _card_sizes(root: Path) -> dict[str, int]:

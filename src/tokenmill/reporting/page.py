@@ -187,7 +187,6 @@ def _made(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
             ("tokenizer.json", f"sha256 {view.tokenizer_sha256}"),
         ]
         blocks.append(_table("", (), [(_t(name), _t(value)) for name, value in rows]))
-    if view is not None:
         sources = [
             (_t(source.name), _t(source.root), _n(source.documents), _n(source.taken), _t(source.where or ""))
             for source in view.sources
