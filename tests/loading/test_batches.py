@@ -54,14 +54,16 @@ class Slow:
         bounds = self.dataset.document_bounds(number).tolist()
         parts = where_sample(self.root, number).documents
         filled = sum(part.end - part.begin for part in parts)
+        # Of one row, the sample is the one of that number; of a mixture, each that has the same tokens may be it.
         following = [
             row[at + self.length]
             for row in self.rows
             for at in range(0, len(row) - self.length, self.length)
-            if row[at : at + self.length] == tokens
+            if (at == number * self.length if len(self.rows) == 1 else row[at : at + self.length] == tokens)
         ]
-        targets = [*tokens[1:], following[0] if following and not self.packs else None]
-        targets = [None if at + 1 > filled - 1 and filled < self.length else each for at, each in enumerate(targets)]
+        next_tokens = following if following and not self.packs else [None]
+        targets = [[token] for token in tokens[1:]] + [next_tokens]
+        targets = [[None] if at + 1 > filled - 1 and filled < self.length else each for at, each in enumerate(targets)]
         ends = parts[-1].document_end == parts[-1].document_tokens
         return {"tokens": tokens, "bounds": bounds, "targets": targets, "ends": ends}
 
@@ -95,16 +97,16 @@ def test_any_batch_is_the_slow_one(
     labels, mask = found["labels"], found["loss_mask"]
     assert np.array_equal(labels != batches.IGNORED, mask)
     for row, sample in enumerate(samples):
-        for at, target in enumerate(sample["targets"]):
+        for at, targets in enumerate(sample["targets"]):
             ends = at + 1 < length and at + 1 in sample["bounds"]
-            if at + 1 == length and target is not None:  # whether the next document begins there is checked below
-                assert labels[row, at] in ((target, batches.IGNORED) if masked else (target,))
-            elif target is None or (masked and ends):
+            if at + 1 == length and targets != [None]:  # whether the next document begins there is checked below
+                assert labels[row, at] in ([*targets, batches.IGNORED] if masked else targets)
+            elif targets == [None] or (masked and ends):
                 assert labels[row, at] == batches.IGNORED
             else:
-                assert labels[row, at] == target
+                assert labels[row, at] in targets
             if masked and not reference.packs and at + 1 == length:
-                assert (labels[row, at] == batches.IGNORED) == (target is None or sample["ends"])
+                assert (labels[row, at] == batches.IGNORED) == (targets == [None] or sample["ends"])
     names = dataset.sources
     for number, row in zip(indices, found["source"].tolist(), strict=True):
         first = where_sample(reference.root, number).documents[0].source

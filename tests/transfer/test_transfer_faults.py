@@ -116,8 +116,9 @@ class LateWire(Proxy):
                 while len(body) < int(length[1]):
                     body += source.recv(16_384)
                 self.release.wait(30)
-                sink.sendall(head + b"\r\n\r\n" + body[:-1] + b"x")
-                sink.recv(100)  # the answer, which nobody waits for
+                with socket.create_connection(self._target) as late:  # the other one ended when the client gave up
+                    late.sendall(head + b"\r\n\r\n" + body[:-1] + b"x")
+                    assert late.recv(100).startswith(b"HTTP/1.1 ")
                 self.arrived.set()
                 return
             sink.sendall(data)
