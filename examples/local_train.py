@@ -200,10 +200,7 @@ def main() -> None:
 
 def open_data(root: str | None = None) -> TokenDataset:
     fields = ("input_ids", "labels", "position_ids", "source")
-    try:
-        return TokenDataset(root, fields=fields, mask_across_documents=True)
-    except TokenmillError as error:
-        raise SystemExit(str(error)) from None
+    return TokenDataset(root, fields=fields, mask_across_documents=True)
 
 
 @torch.no_grad()
@@ -316,4 +313,7 @@ def unigram_loss(dataset: TokenDataset, vocab_size: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TokenmillError as error:
+        raise SystemExit(str(error)) from None

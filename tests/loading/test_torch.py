@@ -14,6 +14,7 @@ import pytest
 
 from conftest import REPOSITORY, run_cli, text
 from support.data_roots import SEQ_LEN, consolidated, shards, without_records  # noqa: F401  # fixtures
+from support.training import EXAMPLE, run_ranks
 from support.views import make
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tokenmill[torch]'")
@@ -168,14 +169,16 @@ def test_an_index_of_any_kind(shards: Path) -> None:
             plain[wrong]
 
 
-def train(root: Path, checkpoint: Path, *arguments: object, ranks: int = 2) -> list[str]:
+def train(root: Path, checkpoint: Path, *arguments: object, ranks: int = 2, by_torchrun: bool = False) -> list[str]:
     """Lines of the example's log."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     small = ["--context", SEQ_LEN, "--width", 32, "--layers", 1, "--heads", 2, "--log-every", 1, "--lr", 0.01]
-    script = [REPOSITORY / "examples" / "local_train.py", root, "--checkpoint", checkpoint, *small, *arguments]
+    given = [str(each) for each in (root, "--checkpoint", checkpoint, *small, *arguments)]
+    if not by_torchrun:
+        return run_ranks(given, ranks, checkpoint.with_suffix(".log"))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*line, *map(str, script)], capture_output=True, text=True, timeout=200, env=environment, check=False
+        [*line, EXAMPLE, *given], capture_output=True, text=True, timeout=200, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -207,7 +210,7 @@ def test_the_example_learns_a_mixture_and_goes_on_in_the_middle_of_a_stage(mixtu
     unigram = float(whole[1].split()[-1])
     assert losses(whole)[steps] < losses(whole)[1] - 1
     assert losses(whole)[steps] < unigram + 0.5
-    first = train(mixture, tmp_path / "parts", "--steps", 12, "--batch", batch)
+    first = train(mixture, tmp_path / "parts", "--steps", 12, "--batch", batch, by_torchrun=True)
     rest = train(mixture, tmp_path / "parts", "--steps", steps, "--batch", batch, ranks=1)
     assert list(losses(first)) == list(range(1, 13))
     for step, loss in (losses(first) | losses(rest)).items():

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
 import ctypes
+import gc
 import inspect
 import json
 import os
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +51,8 @@ def serve(sock: socket.socket) -> NoReturn:
         if module.name not in ("tokenmill.__main__", "tokenmill.ray", "tokenmill.torch"):
             __import__(module.name)
     _load_demo_tokenizer()
+    gc.collect()
+    gc.freeze()  # a collection would write to every object, and so copy memory that processes share
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         header, streams, _, _ = socket.recv_fds(sock, 8, 3)
@@ -240,6 +245,54 @@ def _is_forked(given: dict[str, Any]) -> bool:
         )
         and all(given.get(name, -1) in (-1, None) for name in ("gid", "uid", "umask"))
     )
+
+
+_SHIM = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as asked:
+    asked.connect({path!r})
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(asked, [len(request).to_bytes(8, "little")], [0, 1, 2])
+    asked.sendall(request)
+    sys.exit(int(asked.recv(8)))
+"""
+
+
+@contextlib.contextmanager
+def command_in(folder: Path) -> Iterator[None]:
+    """A program `tokenmill` in `folder`, for shells whose PATH begins with it; its work is done by a forked process."""
+    path = str(folder / "asked")
+    shim = folder / "tokenmill"
+    shim.write_text(_SHIM.format(python=sys.executable, path=path))
+    shim.chmod(0o755)
+
+    def answer(asked: socket.socket) -> None:
+        with asked:
+            header, streams, _, _ = socket.recv_fds(asked, 8, 3)
+            size, data = int.from_bytes(header, "little"), b""
+            while len(data) < size:
+                data += asked.recv(size - len(data))
+            arguments, cwd, environment = json.loads(data)
+            stdin, stdout, stderr = streams
+            line = [sys.executable, "-m", "tokenmill", *arguments]
+            with subprocess.Popen(line, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=environment) as process:
+                for stream in streams:
+                    os.close(stream)
+            asked.sendall(str(process.returncode).encode())
+
+    def serve_all() -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        serving = threading.Thread(target=serve_all, daemon=True)
+        serving.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join()
 
 
 def install() -> None:
