@@ -85,7 +85,7 @@ def test_any_view_is_written_as_it_is_read(
     on_cluster: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
-    shard_size = max(shard_size, 60) if holdout else max(shard_size, 100)  # not too many files
+    shard_size = max(shard_size, 250)  # not too many files
     view = built(roots, folder, shuffle=shuffle, holdout=holdout, seed=block)
     read = TokenDataset(view)
     with pytest.MonkeyPatch.context() as patch:
