@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 VENV := .venv
+# Tests start hundreds of processes; each would compile all modules anew where Python is told not to keep bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHORT_TESTS := tests/encoding/test_encode.py tests/encoding/test_tokenizer_files.py tests/corpus/test_formats.py \

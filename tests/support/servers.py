@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -216,15 +218,25 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+_idle: list[str] = []
+"""Endpoints of moto that nobody uses: it takes two seconds to start one."""
+_started = contextlib.ExitStack()
+atexit.register(_started.close)
+
+
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """The endpoint of moto's S3 server, in a process of its own, with a bucket `bucket`."""
-    port = free_port()
-    line = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strict_s3.py")), "127.0.0.1", str(port)]
-    smaller = os.environ | {"S3_UPLOAD_PART_MIN_SIZE": "1024"}  # parts of 5 MB would make slow tests
-    with _process(line, port, smaller) as endpoint:
-        s3_client(endpoint).create_bucket(Bucket="bucket")
-        yield endpoint
+    """The endpoint of moto's S3 server, in a process of its own, with nothing in it but a bucket `bucket`."""
+    if not _idle:
+        port = free_port()
+        line = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("strict_s3.py")), "127.0.0.1", str(port)]
+        smaller = os.environ | {"S3_UPLOAD_PART_MIN_SIZE": "1024"}  # parts of 5 MB would make slow tests
+        _idle.append(_started.enter_context(_process(line, port, smaller)))
+    endpoint = _idle.pop()
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/forget-all", method="POST")).close()
+    s3_client(endpoint).create_bucket(Bucket="bucket")
+    yield endpoint
+    _idle.append(endpoint)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
 from werkzeug.serving import run_simple
 
@@ -25,6 +26,12 @@ class Strict:
         self._application = application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/forget-all":
+            for of_account in get_backend("s3").values():
+                for backend in of_account.values():
+                    backend.reset()
+            start_response("204 No Content", [])
+            return []
         if environ["REQUEST_METHOD"] == "PUT":
             data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(data)
