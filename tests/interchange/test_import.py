@@ -138,22 +138,81 @@ def test_all_of_tokenmill_works_on_it(root: Path, tmp_path: Path) -> None:
         import_data(tmp_path / "out", tmp_path / "in", "megatron", seq_len=32, shard_size=300, tokenizer=str(TOKENIZER))
 
 
-def test_killed_at_any_step_it_goes_on(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", [True, False])
+def test_killed_at_any_step_it_goes_on(root: Path, tmp_path: Path, *, copy: bool) -> None:
+    def made(folder: Path) -> dict[str, bytes]:
+        return {
+            path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npy", ".parquet", ".bin")
+        }
+
     export(root, tmp_path / "out", "datatrove")
-    import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000)
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*_*")}
+    source = (tmp_path / "out" / "train" / "00000_train.ds").read_bytes()
+    import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000, copy=copy)
+    wanted = made(tmp_path / "whole")
     assert len(wanted) > 4
-    for step in (1, 2, 4, 7, 14):
+    for step in (1, 2, 4, 6, 7, 8, 10, 12, 14):
         again = tmp_path / f"in-{step}"
         line = command("import", tmp_path / "out", again, "--from", "datatrove", "--shard-size", 1_000, "--quiet")
+        line += ["--copy"] * copy
         died = subprocess.run([sys.executable, "-c", DIE_AT, str(step), *line[3:]], timeout=60, check=False)
         assert died.returncode in (-signal.SIGKILL, 0)
-        import_data(tmp_path / "out", again, "datatrove", shard_size=1_000)
-        assert {path.name: path.read_bytes() for path in again.glob("*_*")} == wanted
+        import_data(tmp_path / "out", again, "datatrove", shard_size=1_000, copy=copy)
+        assert made(again) == wanted
         assert verify(again).passed
-    (tmp_path / "whole" / "train_000001.npy").unlink()
-    import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*_*")} == wanted
+        assert (tmp_path / "out" / "train" / "00000_train.ds").read_bytes() == source
+    for lost in ("train_000001.npy" if copy else "tokens.bin", "documents_000001.parquet"):
+        (tmp_path / "whole" / lost).unlink()
+        report = import_data(tmp_path / "out", tmp_path / "whole", "datatrove", shard_size=1_000, copy=copy)
+        assert (report.status, made(tmp_path / "whole")) == ("complete", wanted)
+
+
+def test_a_file_that_is_all_tokens_is_linked(root: Path, tmp_path: Path) -> None:
+    """On the same file system, where nothing is to be added; else, and if asked for, its tokens are copied."""
+    export(root, tmp_path / "out", "megatron")
+    source = tmp_path / "out" / "train.bin"
+    data = source.read_bytes()
+    for shard_size in (300, 10**6):
+        linked = tmp_path / f"linked-{shard_size}"
+        report = import_data(tmp_path / "out", linked, "megatron", seq_len=16, shard_size=shard_size)
+        assert (report.linked, report.status) == (True, "complete")
+        assert (linked / "tokens.bin").samefile(source)
+        assert not list(linked.glob("*.npy"))
+        assert content(linked) == content(root)
+        assert verify(linked).passed
+        assert np.array_equal(TokenDataset(linked)[:], TokenDataset(root)[:])
+        report = import_data(tmp_path / "out", linked, "megatron", seq_len=16, shard_size=shard_size)
+        assert (report.linked, report.status) == (True, "already complete")
+    consolidate(linked, seq_len=32)
+    assert (TokenDataset(linked).seq_len, source.read_bytes()) == (32, data)
+    copied = import_data(tmp_path / "out", tmp_path / "copied", "megatron", seq_len=16, shard_size=300, copy=True)
+    assert (copied.linked, copied.shards) == (False, len(list((tmp_path / "copied").glob("*.npy"))))
+    result = run_cli("import", tmp_path / "out", tmp_path / "told", "--from", "megatron")
+    assert "tokens.bin is a link to the file that was imported" in result.stdout
+    consolidate(tmp_path / "copied", consume=True)
+    report = import_data(tmp_path / "out", tmp_path / "copied", "megatron", seq_len=16, shard_size=300)
+    assert (report.linked, report.status) == (False, "already complete")
+    # Of a file that changed since, the data set is wrong, and says so.
+    source.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert not verify(linked).passed
+
+
+def test_documents_without_an_end_are_given_one(tmp_path: Path) -> None:
+    documents = [[[5, 6], [7, EOS]], [], [[9]], [[8, 8]], [[EOS]]]
+    megatron(tmp_path / "text_document", documents, "<u2", 8)
+    with pytest.raises(errors.ImportDataError, match=r"document 2: expected id 2 at its end.*") as refused:
+        import_data(tmp_path / "text_document", tmp_path / "in", "megatron", eos_id=EOS, seq_len=2)
+    assert "--append-eos" in (refused.value.next_step or "")
+    options: dict[str, Any] = {"eos_id": EOS, "seq_len": 2, "append_eos": True}
+    for shard_size in (3, 1 << 20):
+        report = import_data(
+            tmp_path / "text_document", tmp_path / f"{shard_size}", "megatron", shard_size=shard_size, **options
+        )
+        assert content(tmp_path / f"{shard_size}") == ([5, 6, 7, EOS, 9, EOS, 8, 8, EOS, EOS], [0, 4, 6, 9])
+        assert (report.linked, report.documents) == (False, 4)
+        assert "were given one" in report.notes[-1]
+        assert verify(tmp_path / f"{shard_size}").passed
+    with pytest.raises(errors.DataRootError, match="holds another data set"):
+        import_data(tmp_path / "text_document", tmp_path / "3", "megatron", shard_size=3, eos_id=EOS, seq_len=2)
 
 
 def megatron(prefix: Path, documents: list[list[list[int]]], dtype: str, code: int) -> None:

@@ -91,14 +91,17 @@ def export(
 @click.option(
     "--shard-size", type=Count(1), default=1 << 28, metavar="TOKENS", help="Tokens per shard.  [default: 268435456]"
 )
+@click.option("--append-eos", is_flag=True, help="Give documents an end token that have none; else they are refused.")
+@click.option("--copy", is_flag=True, help="Copy the tokens where tokens.bin could be a link to the file.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing unless the command fails.")
 @json_option
 def import_(source: Path, data_root: Path, *, kind: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Make a data set in the directory DATA_ROOT of files that a trainer reads, such as those of a Megatron prefix.
 
     Documents keep their bounds; where the format has none they are taken to end where their end token is, which is a
-    guess. Afterwards verify, views, consolidate, TokenDataset, export and upload work on it. After a crash, a kill or
-    Ctrl-C, run the same command again.
+    guess. Afterwards verify, views, consolidate, TokenDataset, export and upload work on it. Where the format keeps all
+    tokens in one file and nothing else in it, tokens.bin becomes a hard link to that file; otherwise tokens are copied
+    into shards. After a crash, a kill or Ctrl-C, run the same command again.
 
     \b
     Examples:

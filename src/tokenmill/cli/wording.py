@@ -716,4 +716,5 @@ def import_lines(found: ImportReport) -> list[str]:
     """Say what an import made."""
     what = f"{_shards(found.shards)}, {_plural(found.tokens, 'token')}, {_plural(found.documents, 'document')}"
     status = ": already complete" if found.status != "complete" else f", in {found.seconds:.1f} s"
-    return [*(f"note: {note}" for note in found.notes), f"\u2705 {found.root}: {what}{status}"]
+    link = ["note: tokens.bin is a link to the file that was imported: do not change that file"] if found.linked else []
+    return [*(f"note: {note}" for note in found.notes), *link, f"\u2705 {found.root}: {what}{status}"]

@@ -26,18 +26,22 @@ def refuse_foreign(root: Path) -> None:
 
 
 def set_damaged_aside(
-    root: Path, manifest: Manifest, was_sent: Callable[[str], bool] = lambda name: False
+    root: Path,
+    manifest: Manifest,
+    was_sent: Callable[[str], bool] = lambda name: False,
+    *,
+    sidecars_alone: bool = False,
 ) -> list[str]:
     """Move the records of shards whose files are missing, torn or foreign to `damaged`; those files' names.
 
     A shard whose size and modification time are as recorded is trusted; another is hashed. One that is not
-    here but `was_sent` to a store, which has it still, is not missing.
+    here but `was_sent` to a store, which has it still, is not missing. With `sidecars_alone`, tokens are elsewhere.
     """
     names: list[str] = []
     records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
     for record in records:
         itemsize = npy.token_dtype(manifest.recipe.dtype).itemsize
-        name = _damaged_file(root, record, itemsize, was_sent)
+        name = _damaged_sidecar(root, record) if sidecars_alone else _damaged_file(root, record, itemsize, was_sent)
         if name is None:
             manifest.add(record)
         else:
@@ -61,9 +65,13 @@ def _damaged_file(root: Path, record: ShardRecord, itemsize: int, was_sent: Call
         if sha256_of(root / shard) != record.sha256:
             return shard
         record.mtime_ns = stat.st_mtime_ns
-    if not (root / documents).is_file() or sha256_of(root / documents) != record.documents_sha256:
-        return documents
-    return None
+    return _damaged_sidecar(root, record)
+
+
+def _damaged_sidecar(root: Path, record: ShardRecord) -> str | None:
+    documents = layout.documents_name(record.index)
+    is_whole = (root / documents).is_file() and sha256_of(root / documents) == record.documents_sha256
+    return None if is_whole else documents
 
 
 def sha256_of(path: Path) -> str:

@@ -140,13 +140,15 @@ class ViewOrigin(msgspec.Struct):
     """The pin of each source, by its name."""
 
 
-class ImportOrigin(msgspec.Struct):
+class ImportOrigin(msgspec.Struct, omit_defaults=True):
     """The files of others that a data root was imported from."""
 
     format: str
     source: str
     is_guess: bool
     """Whether documents end where EOS is, as the format does not say where they do."""
+    appended_eos: bool = False
+    """Whether documents that did not end with EOS were given one."""
 
 
 class Manifest(msgspec.Struct, kw_only=True):

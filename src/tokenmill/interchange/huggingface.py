@@ -66,6 +66,7 @@ class _Rows:
     """Rows of parquet files, each a document (an `Incoming`)."""
 
     is_guess = False
+    whole_file: Path | None = None
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files

@@ -1,7 +1,11 @@
-"""Import: the files of a trainer → a data root with sidecars, on which all of tokenmill works. Killed, it goes on."""
+"""Import: the files of a trainer → a data root with sidecars, on which all of tokenmill works. Killed, it goes on.
+
+A file that is all tokens and nothing else becomes `tokens.bin` by a hard link; what else there is goes into shards.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +19,8 @@ from tokenmill.dataroot import atomic, layout, npy
 from tokenmill.dataroot import manifest as manifests
 from tokenmill.dataroot.earlier_run import refuse_foreign, set_damaged_aside
 from tokenmill.dataroot.lock import lock_data_root
-from tokenmill.dataroot.manifest import Cursor, FileRecord, ImportOrigin, Manifest, TokenizerRecord
+from tokenmill.dataroot.manifest import Consolidated, Cursor, FileRecord, ImportOrigin, Manifest, TokenizerRecord
+from tokenmill.dataroot.proof import choose_scheme, is_whole
 from tokenmill.dataroot.sidecar import documents_schema
 from tokenmill.encoding.encoder import EMPTY, Encoder
 from tokenmill.encoding.tokenizer import load_tokenizer
@@ -27,11 +32,12 @@ from tokenmill.interchange.output import ExportRecord, require_room
 from tokenmill.loading.data_root import Piece
 from tokenmill.progress import also_shown
 from tokenmill.recipe import DEFAULT_SHARD_SIZE, Recipe
+from tokenmill.shards.consolidate import consolidate
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.pack import EmittedRows, ShardSlice, cut
 from tokenmill.shards.recorder import Recorder
 from tokenmill.shards.shard import ShardWriter
-from tokenmill.shards.token_sink import FileSink
+from tokenmill.shards.token_sink import FileSink, LinkedSink, TokenSink
 
 RAW = "raw"
 """Files that are nothing but tokens: `.bin`, or `.npy` with NumPy's header."""
@@ -48,6 +54,8 @@ class ImportReport(msgspec.Struct, kw_only=True):
     tokens: int
     documents: int
     shards: int
+    linked: bool
+    """Whether `tokens.bin` is a hard link to the file that was imported."""
     is_guess: bool
     """Whether documents end where EOS is, as the format does not say where they do."""
     notes: list[str]
@@ -91,6 +99,8 @@ def import_data(
     dtype: str | None = None,
     seq_len: int = 2048,
     shard_size: int = DEFAULT_SHARD_SIZE,
+    append_eos: bool = False,
+    copy: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     progress: bool = False,
 ) -> ImportReport:
@@ -106,6 +116,8 @@ def import_data(
         dtype: `uint16` or `uint32`, of files that do not say it.
         seq_len: tokens per training sample.
         shard_size: tokens per shard.
+        append_eos: give each document that does not end with EOS one; else such data is refused.
+        copy: copy the tokens where a hard link could stand for them.
         on_progress: called with tokens read and, about, tokens to read.
         progress: show it on standard error, or in the notebook, as the command line does.
 
@@ -128,24 +140,20 @@ def import_data(
             f"{source}: cannot be read as {kind}: {type(error).__name__}: {error}",
             next_step="check --from; a file of the set may be missing or damaged: get it again",
         ) from error
-    fresh = _new_manifest(source, kind, incoming, known, seq_len=seq_len, shard_size=shard_size)
+    fresh = _new_manifest(source, kind, incoming, known, seq_len=seq_len, shard_size=shard_size, append_eos=append_eos)
     atomic.make_root(root)
-    with lock_data_root(root):
-        manifest = _agreeing(root, fresh)
-        atomic.remove_partials(root)
-        set_damaged_aside(root, manifest)
-        was_complete = manifest.complete
-        if not manifest.complete or manifest.damaged:
-            stored = sum(path.stat().st_size for path in incoming.files)
-            require_room(
-                root, max(0, stored * npy.token_dtype(manifest.recipe.dtype).itemsize // incoming.dtype.itemsize)
-            )
-            was_complete = manifest.complete = False
-            manifests.save(root, manifest)
-            with also_shown(on_progress, wanted=progress, what="tokens") as tell:
-                _Importer(root, manifest, incoming, tell).run()
-            balance(root, manifest)
-            complete(root, manifest)
+    with also_shown(on_progress, wanted=progress, what="tokens") as tell:
+        with lock_data_root(root):
+            manifest = _agreeing(root, fresh)
+            atomic.remove_partials(root)
+            linked, joined = _choose_link(root, manifest, incoming, copy=copy or append_eos)
+            set_damaged_aside(root, manifest, sidecars_alone=linked is not None or joined)
+            was_complete = manifest.complete and not manifest.damaged and (linked is None or joined)
+            if not was_complete:
+                _make_missing(root, manifest, incoming, linked, tell, append_eos=append_eos)
+        if linked is not None and not was_complete:
+            itemsize = manifest.itemsize
+            consolidate(root, on_progress=lambda done, total: tell((total + done) // itemsize, 2 * total // itemsize))
     return ImportReport(
         root=str(root),
         format=kind,
@@ -153,10 +161,69 @@ def import_data(
         tokens=manifest.tokens,
         documents=manifest.documents,
         shards=len(manifest.shards),
+        linked=linked is not None,
         is_guess=incoming.is_guess,
         notes=manifest.notes,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _choose_link(root: Path, manifest: Manifest, incoming: Incoming, *, copy: bool) -> tuple[Path | None, bool]:
+    """Return the file that `tokens.bin` is a link to, None if tokens are copied; and whether `tokens.bin` is whole.
+
+    What was begun as shards continues as shards, and what was begun as a link as that.
+    """
+    before = manifests.load_consolidated(root)
+    begun_as_shards = manifest.is_begun and (before is None or any(root.glob(layout.SHARD_GLOB)))
+    joined = before is not None and is_whole(root, before) and not begun_as_shards
+    source = incoming.whole_file
+    if source is None or begun_as_shards or incoming.dtype.itemsize != manifest.itemsize:
+        return None, joined
+    if joined:
+        return (source if (root / layout.TOKENS).samefile(source) else None), True
+    if before is None and (copy or not _can_be_linked(source, root)):
+        return None, False
+    return source, False
+
+
+def _can_be_linked(source: Path, root: Path) -> bool:
+    """Whether a file can have a second name there, and be opened for writing, as an unfinished `tokens.bin` is."""
+    second = root / (layout.TOKENS + layout.PARTIAL_SUFFIX)
+    second.unlink(missing_ok=True)  # a kill right here leaves it
+    try:
+        os.link(source, second)
+    except OSError:
+        return False
+    second.unlink()
+    return os.access(source, os.W_OK)
+
+
+def _make_missing(
+    root: Path,
+    manifest: Manifest,
+    incoming: Incoming,
+    linked: Path | None,
+    tell: Callable[[int, int], None],
+    *,
+    append_eos: bool,
+) -> None:
+    """Make the shards that are missing, or what is known of them where a link stands for their tokens."""
+    if linked is None:
+        stored = sum(path.stat().st_size for path in incoming.files)
+        require_room(root, max(0, stored * manifest.itemsize // incoming.dtype.itemsize))
+    manifest.complete = False
+    manifests.save(root, manifest)
+    if linked is not None:
+        seq_len = manifest.recipe.seq_len
+        scheme = choose_scheme(manifest.recipe, tokens=None, seq_len=seq_len)
+        record = Consolidated(dtype=manifest.stored_dtype, seq_len=seq_len, id_scheme=scheme)
+        manifests.save_consolidated(root, record)
+        with atomic.translate_write_errors(root / layout.TOKENS):
+            (root / layout.TOKENS).unlink(missing_ok=True)
+            os.link(linked, root / layout.TOKENS)
+    _Importer(root, manifest, incoming, linked, tell, append_eos=append_eos).run()
+    balance(root, manifest)
+    complete(root, manifest)
 
 
 class _Known(NamedTuple):
@@ -210,7 +277,14 @@ def _format(kind: str) -> Format | _Raw:
 
 
 def _new_manifest(
-    source: Path, kind: str, incoming: Incoming, known: _Known, *, seq_len: int, shard_size: int
+    source: Path,
+    kind: str,
+    incoming: Incoming,
+    known: _Known,
+    *,
+    seq_len: int,
+    shard_size: int,
+    append_eos: bool,
 ) -> Manifest:
     tokenizer = known.record
     limit = 1 << 8 * min(4, incoming.dtype.itemsize)
@@ -232,6 +306,8 @@ def _new_manifest(
             f"{kind} does not say where documents end: they are taken to end with id {tokenizer.eos_id}, which may "
             "stand in a text as well"
         )
+    if append_eos:
+        notes.append(f"documents that did not end with id {tokenizer.eos_id} were given one")
     return Manifest(
         recipe=recipe,
         fingerprint=recipe.fingerprint,
@@ -239,7 +315,7 @@ def _new_manifest(
         software={},
         files=[FileRecord(_name(source, path), path.stat().st_size) for path in incoming.files],
         notes=notes,
-        imported=ImportOrigin(kind, str(source), incoming.is_guess),
+        imported=ImportOrigin(kind, str(source), incoming.is_guess, append_eos),
     )
 
 
@@ -256,7 +332,7 @@ def _agreeing(root: Path, fresh: Manifest) -> Manifest:
     if found.imported is not None and not found.is_begun:  # nothing was made: there is nothing to agree with
         return fresh
     if found.imported != fresh.imported or not found.is_of(fresh):
-        what = found.recipe.difference(fresh.recipe) or "other files"
+        what = found.recipe.difference(fresh.recipe) or "other files, or with and without --append-eos"
         raise DataRootError(f"{root}: holds another data set: {what}", next_step="choose another directory")
     return found
 
@@ -265,13 +341,24 @@ class _Importer:
     """Writes the shards that are missing."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, incoming: Incoming, on_progress: Callable[[int, int], None]
+        self,
+        root: Path,
+        manifest: Manifest,
+        incoming: Incoming,
+        linked: Path | None,
+        on_progress: Callable[[int, int], None],
+        *,
+        append_eos: bool,
     ) -> None:
         self._root = root
         self._manifest = manifest
         self._incoming = incoming
+        self._linked = linked
         self._on_progress = on_progress
+        self._append_eos = append_eos
         self._total = sum(path.stat().st_size for path in incoming.files) // incoming.dtype.itemsize
+        if linked is not None:  # it is read again, for the ids of samples
+            self._total *= 2
         self._recorder = Recorder(root, manifest)
         self._done = {shard.index for shard in manifest.shards}
         self._dtype = npy.token_dtype(manifest.recipe.dtype)
@@ -284,6 +371,7 @@ class _Importer:
         position = emitted = 0
         try:
             for block, is_last in self._blocks():
+                block = self._with_ends(block) if self._append_eos else block  # noqa: PLW2901
                 rows = self._emitted_rows(block, is_last=is_last)
                 begin, end = position, position + len(block.tokens)
                 for part in cut(begin, rows.length, shard_size=self._manifest.recipe.shard_size, stop=end):
@@ -314,6 +402,16 @@ class _Importer:
         if waiting is not None:
             yield waiting, True
 
+    def _with_ends(self, block: DocumentBlock) -> DocumentBlock:
+        """Return the documents, each of which ends with EOS; those without tokens stay so."""
+        ends = np.cumsum(block.lengths)
+        filled = np.flatnonzero(block.lengths)
+        eos_id = self._manifest.tokenizer.eos_id
+        without = filled[block.tokens[ends[filled] - 1] != eos_id]
+        lengths = block.lengths.copy()
+        lengths[without] += 1
+        return block._replace(lengths=lengths, tokens=np.insert(block.tokens, ends[without], eos_id))
+
     def _emitted_rows(self, block: DocumentBlock, *, is_last: bool) -> EmittedRows:
         """Return the documents as rows; ids must be of the vocabulary, and EOS at the end of each document.
 
@@ -338,7 +436,7 @@ class _Importer:
             raise ImportDataError(
                 f"{path}: document {block.first_row + int(wrong[0])}: expected id {tokenizer.eos_id} at its end, found "
                 f"{int(block.tokens[ends[wrong[0]] - 1])}",
-                next_step="give the id that ends documents with --eos-id; data without one cannot be imported",
+                next_step="give the id that ends documents with --eos-id, or give each document one with --append-eos",
             )
         return EmittedRows(
             [cast(npy.TokenArray, block.tokens.astype(self._dtype, copy=False))],
@@ -354,11 +452,10 @@ class _Importer:
     def _write(self, rows: EmittedRows, part: ShardSlice, position: int, cursor: Cursor) -> None:
         if self._writer is None:
             tokens = self._manifest.recipe.shard_size
-            header = npy.npy_header(self._dtype, tokens)
             self._writer = ShardWriter(
                 self._root,
                 part.shard,
-                FileSink(self._root / layout.shard_name(part.shard), header),
+                self._sink(part.shard, tokens),
                 tokens=tokens,
                 dtype=self._dtype,
                 paths=self._paths,
@@ -367,6 +464,11 @@ class _Importer:
         self._writer.append(rows, part, position)
         if self._writer.is_full:
             self._publish(cursor)
+
+    def _sink(self, shard: int, tokens: int) -> TokenSink:
+        if self._linked is not None:
+            return LinkedSink(self._linked, shard * tokens * self._dtype.itemsize)
+        return FileSink(self._root / layout.shard_name(shard), npy.npy_header(self._dtype, tokens))
 
     def _publish(self, cursor: Cursor) -> None:
         assert self._writer is not None

@@ -36,6 +36,8 @@ class Incoming(Protocol):
     """Of the tokens, unsigned."""
     is_guess: bool
     """Whether bounds of documents are where EOS is, as the format has none."""
+    whole_file: Path | None
+    """The file whose bytes are all tokens and nothing else, if there is one."""
 
     def blocks(self, eos_id: int) -> Iterator[DocumentBlock]:
         """Yield all documents, in order.
@@ -72,6 +74,8 @@ class Tokens:
         self.files = [piece.path for piece in pieces]
         self.dtype = np.dtype(f"<u{dtype.itemsize}")
         self.is_guess = lengths is None
+        is_all = len(pieces) == 1 and pieces[0].offset == 0 and end is None and tokens is None
+        self.whole_file = pieces[0].path if is_all else None
         try:
             self._streams = [TokenStream([piece], self.dtype) for piece in pieces]
         except DataRootError as error:

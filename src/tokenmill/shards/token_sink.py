@@ -115,12 +115,7 @@ class RangeSink:
                 tokens, self._end = tokens[count:], self._end + count
 
     def digest(self, header: bytes) -> str:
-        sha256 = hashlib.sha256(header)
-        with translate_write_errors(self.path), self.path.open("rb") as file:
-            file.seek(self._begin)
-            for at in range(self._begin, self._end, _READ_NBYTES):
-                sha256.update(file.read(min(_READ_NBYTES, self._end - at)))
-        return sha256.hexdigest()
+        return _digest_of_range(self.path, self._begin, self._end, header)
 
     def publish(self, header: bytes) -> int:  # it has no header here
         with translate_write_errors(self.path):
@@ -130,3 +125,33 @@ class RangeSink:
 
     def discard(self) -> None:
         os.close(self._descriptor)
+
+
+class LinkedSink:
+    """A range of a file that holds the tokens already, and is to be linked as `tokens.bin`: nothing is written."""
+
+    def __init__(self, path: Path, begin: int) -> None:
+        self.path = path
+        self._begin = self._end = begin
+
+    def write(self, tokens: memoryview) -> None:
+        self._end += len(tokens)
+
+    def digest(self, header: bytes) -> str:
+        return _digest_of_range(self.path, self._begin, self._end, header)
+
+    def publish(self, header: bytes) -> int:
+        return 0
+
+    def discard(self) -> None:
+        """Nothing: the file is another's."""
+
+
+def _digest_of_range(path: Path, begin: int, end: int, header: bytes) -> str:
+    """SHA-256 of `header` and a range of a file."""
+    sha256 = hashlib.sha256(header)
+    with translate_write_errors(path), path.open("rb") as file:
+        file.seek(begin)
+        for at in range(begin, end, _READ_NBYTES):
+            sha256.update(file.read(min(_READ_NBYTES, end - at)))
+    return sha256.hexdigest()
