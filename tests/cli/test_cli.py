@@ -85,7 +85,7 @@ def test_commands_flags_and_names_are_frozen() -> None:
     ]
     assert flags("demo") == workers
     incoming = ["--from", "--split", "--tokenizer", "--eos-id", "--dtype", "--seq-len", "--shard-size"]
-    assert flags("import") == [*incoming, *quiet, *as_json]
+    assert flags("import") == [*incoming, "--append-eos", "--copy", *quiet, *as_json]
     assert flags("export") == ["--to", "--split", "--copy", "--dry-run", *quiet, *as_json]
     views = cli.commands["view"].commands
     assert {name: [o for p in views[name].params for o in p.opts if o.startswith("-")] for name in views} == {
