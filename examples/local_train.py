@@ -2,7 +2,7 @@
 
     make demo && tokenmill consolidate demo/tokens
     torchrun --nproc_per_node=2 examples/local_train.py demo/tokens
-    torchrun --nproc_per_node=2 examples/local_train.py demo/tokens --steps 600   # goes on where it stopped
+    torchrun --nproc_per_node=2 examples/local_train.py demo/tokens --steps 600   # continues where it stopped
 
 Plain PyTorch and DDP, on GPUs where there are some. All that a larger trainer needs of tokenmill is here: the data
 set, a sampler whose state is one integer, batches with targets and bounds of documents, and receipts of what each rank
@@ -189,7 +189,7 @@ def main() -> None:
     state = State(model, optimizer, data="" if drop_in else dataset.data.samples_sha256)
     state.load(options.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    world.say(f"{dataset.data}: {millions:.1f} M parameters, {world.size} ranks, goes on from step {state.step}")
+    world.say(f"{dataset.data}: {millions:.1f} M parameters, {world.size} ranks, continues from step {state.step}")
     world.say(f"knowing no more than how frequent each token is would be loss {unigram_loss(dataset, vocab_size):.4f}")
     train(state, dataset, options, world)
     if options.validation:

@@ -183,3 +183,12 @@ def test_no_credentials_paths_or_hosts_in_the_project() -> None:
         path = REPOSITORY / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", "") and path.is_file() and path != Path(__file__):
             assert not pattern.search(path.read_text("utf-8")), name
+
+
+def test_the_words_are_those_of_plain_technical_english() -> None:
+    """What readers stumbled over: attribute docstrings without a subject, and words of another register."""
+    words = re.compile(r'"""Of |\b(?:[Gg]oes on|[Ww]hoever|[Nn]obody|in the making|lets? go of|lest)\b')
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
+    for path in [*pages, *(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "examples").rglob("*.py")]:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            assert not words.search(line), f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"

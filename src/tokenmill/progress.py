@@ -76,7 +76,7 @@ class ProgressRow(msgspec.Struct, kw_only=True):
     phase: str
     done: int
     of: int
-    """Of the phase, where it can be counted; else 0."""
+    """Size of the phase, where it can be counted; else 0."""
     tokens: int
     expected_tokens: int
     """Estimate of the plan; 0 before there is one."""
@@ -150,7 +150,7 @@ class ShownProgress(NamedTuple):
 
     what: str
     share: float | None
-    """Of the work, from 0 to 1; None where it is not known."""
+    """Share of the work that is done, from 0 to 1; None where it is not known."""
     detail: str
 
     @property

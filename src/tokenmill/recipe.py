@@ -59,9 +59,9 @@ class MetadataColumn(NamedTuple):
     """A value that the documents sidecar keeps of each row, beside its text."""
 
     name: str
-    """Of the sidecar's column."""
+    """Name of the sidecar's column."""
     path: str
-    """Of the source: a column or JSON field of that name; else, after dots, one inside another."""
+    """Path in the source: a column or JSON field of that name; else, after dots, one inside another."""
     kind: str
     """`string`, `int64`, `float64` or `bool`."""
 

@@ -172,7 +172,7 @@ def _identity_of(data: Any) -> str | None:
 
 
 class _Order:
-    """A sampler that goes on where another stopped."""
+    """A sampler that continues where another stopped."""
 
     def __init__(self, sampler: Iterable[int], identity: str | None) -> None:
         self._identity = identity

@@ -41,7 +41,7 @@ Run = Callable[..., Any]
 """`pretokenize` on one engine."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its idle processes take a tenth of a processor
 def ray_cluster() -> Iterator[Any]:
     """Ray on this machine, its own, with a head that does no work."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'tokenmill[ray]'")
@@ -57,7 +57,7 @@ def ray_cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_engine(ray_cluster: Any) -> Iterator[Any]:
     from tokenmill.ray import RayEngine
 

@@ -34,7 +34,7 @@ _MOST_LOST = 0.01
 """Share of documents that may come back changed before a comparison is refused."""
 _LONGEST = 8
 _Z = 1.959964
-"""Of a normal distribution, 95% lie within so many standard deviations."""
+"""95% of a normal distribution lie within so many standard deviations."""
 
 
 class Estimate(msgspec.Struct):
@@ -78,7 +78,7 @@ class TokenizerFigures(msgspec.Struct, kw_only=True):
     by_source: dict[str, Estimate]
     """Bytes per token of the source files with the most text in the sample."""
     by_value: dict[str, dict[str, Estimate]]
-    """Of each metadata column, bytes per token of the values with the most text."""
+    """Bytes per token of each metadata column's values with the most text."""
     used_ids: int
     """Different ids that occur."""
     byte_share: float
@@ -91,7 +91,7 @@ class TokenizerFigures(msgspec.Struct, kw_only=True):
     lost_example: str
     """The first difference; empty if there is none."""
     projected_tokens: int
-    """Of the whole corpus, EOS included."""
+    """Tokens of the whole corpus, EOS included."""
     dtype: str
     projected_nbytes: int
     seconds: float
@@ -109,7 +109,7 @@ class Comparison(msgspec.Struct, kw_only=True):
     """Estimates, as is the size of the text."""
     corpus_text_nbytes: int
     documents: int
-    """Of the sample, as are those below."""
+    """Documents of the sample; the figures below are of the sample, too."""
     nbytes: int
     characters: int
     tokenizers: list[TokenizerFigures]
@@ -204,7 +204,7 @@ def compare_tokenizers(
 
 
 class _Sizes(NamedTuple):
-    """Of each document of the sample, shape `(documents,)`."""
+    """Sizes of each document of the sample; arrays of shape `(documents,)`."""
 
     nbytes: NDArray[np.int64]
     characters: NDArray[np.int64]

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     is_from_beginnings: bool
     """Whether files that cannot be read from the middle gave their first documents only."""
     bad: dict[str, str]
-    """Of files with rows that were left out for being bad, the reason of the first one."""
+    """The reason of the first bad row of each file that has rows left out for being bad."""
 
 
 def take_sample(corpus: Corpus, nbytes: int) -> Sample:

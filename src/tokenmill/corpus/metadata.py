@@ -81,7 +81,7 @@ class ArrowMetadata:
         self._columns = columns
         self._paths = [_find(name, schema, column) for column in columns]
         self.paths = [".".join(path) for path in self._paths if path]
-        """Of the columns that are there, as parquet names its leaves."""
+        """The columns that are there, as parquet names its leaves."""
         self.is_nested = any(len(path) > 1 for path in self._paths)
 
     def read(self, batch: pa.RecordBatch) -> tuple[pa.Table, dict[int, str]]:

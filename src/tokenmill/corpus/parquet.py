@@ -2,7 +2,7 @@
 
 A file is cut into spans along its row groups; large row groups are streamed, so memory follows the
 span and not the row group. Of a remote file only the column chunks of these columns are read, ahead of
-whoever asks.
+their use.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class ParquetFile:
     def read(self, span: Span) -> Texts:
         """Return the text column and the metadata of a span, nulls kept.
 
-        Each span is read once. Spans of one unit are decoded in sequence: whoever asks first decodes
+        Each span is read once. Spans of one unit are decoded in sequence: the first caller decodes
         up to its own and keeps what came before for its callers (see `keep_only`).
 
         Raises:

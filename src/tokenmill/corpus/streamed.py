@@ -44,7 +44,7 @@ from tokenmill.recipe import MetadataColumn
 
 _LONG_ROW_NBYTES = 4 << 20
 _MOST_DIGITS = 400
-"""Of an integer that is read as one; the largest number of 64 bits in floating point has 309."""
+"""Digits of the longest integer that is read as one; the largest floating-point number of 64 bits has 309."""
 
 C = TypeVar("C")
 

@@ -31,7 +31,7 @@ SHARD_GLOB = "train_*.npy"
 DOCUMENTS_GLOB = "documents_*.parquet"
 
 DOCUMENTS_VERSION = 2
-"""Of the sidecars of a new data root; version 1 has no `text_xxh3`. A data root keeps the version it was begun with."""
+"""Version of a new data root's sidecars; version 1 has no `text_xxh3`. A data root keeps the version it began with."""
 
 NPY_HEADER_NBYTES = 128
 """Size of the header of any 1-D array (NumPy pads to multiples of 64; a 1-D header takes 2)."""

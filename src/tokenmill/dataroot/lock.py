@@ -15,7 +15,7 @@ from tokenmill.errors import DataRootError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 _LOCK_SECONDS = 1.0
-"""A process that was killed may take a moment to let go of its lock."""
+"""A process that was killed may take a moment to release its lock."""
 
 
 def _no_locks(root: Path, reason: str) -> DataRootError:
@@ -28,7 +28,7 @@ def _no_locks(root: Path, reason: str) -> DataRootError:
 
 @contextlib.contextmanager
 def lock_data_root(root: Path) -> Iterator[None]:
-    """Hold the data root's lock; the operating system lets go of it when the process ends, however it ends.
+    """Hold the data root's lock; the operating system releases it when the process ends, however it ends.
 
     Raises:
         DataRootError: another process holds it.

@@ -180,7 +180,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     ledger: list[FileLedger] = []
     """Set when the data set is complete."""
     documents_version: Annotated[int, msgspec.Meta(ge=1, le=layout.DOCUMENTS_VERSION)] = 1
-    """Of the documents sidecars; see `layout.DOCUMENTS_VERSION`."""
+    """Version of the documents sidecars; see `layout.DOCUMENTS_VERSION`."""
     view: ViewOrigin | None = None
     """What the data root was written from, if it was a view: `files` then have the documents taken as their rows."""
     imported: ImportOrigin | None = None

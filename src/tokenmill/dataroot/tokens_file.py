@@ -68,7 +68,7 @@ class TokensFile:
         self._workers = IdWorkers(self.partial, self._window, workers or min(_MAX_WORKERS, available_cores()))
         self._syncing = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._synced: Future[None] | None = None
-        """Of the last bytes that were asked for."""
+        """The sync of the last bytes for which one was asked."""
         self._unsynced_nbytes = 0
         self._windows_asked = 0
         self._ids: deque[Future[bytes]] = deque()

@@ -59,9 +59,9 @@ class StageRecord(msgspec.Struct, kw_only=True):
 
     samples: Natural
     shares: dict[str, Natural]
-    """Of `layout.SCHEDULE_PERIOD` samples, how many come from each source that has any."""
+    """Samples of each source among `layout.SCHEDULE_PERIOD`; sources without any are left out."""
     taken: dict[str, Natural]
-    """Of the samples of the stage, how many come from each of them."""
+    """Samples of each of these sources in the whole stage."""
 
 
 class ViewRecord(msgspec.Struct, kw_only=True):
@@ -75,9 +75,9 @@ class ViewRecord(msgspec.Struct, kw_only=True):
     split: Split = "train"
     duplicates: Literal["keep", "first"] = "keep"
     dtype: layout.DTypeName
-    """Of the tokens of all its sources."""
+    """Data type of the tokens of all its sources."""
     tokenizer_sha256: str
-    """Of the `tokenizer.json` that made all its sources."""
+    """SHA-256 of the `tokenizer.json` that made all its sources."""
     sources: list[SourceRecord]
     documents: Natural
     tokens: Natural
@@ -94,7 +94,7 @@ class ViewRecord(msgspec.Struct, kw_only=True):
     cut: Natural = 0
     """Documents that `best-fit` cuts, as they are longer than a sample."""
     stages: list[StageRecord] = []
-    """Of a mixture."""
+    """The stages of a mixture; empty for other views."""
     begins_sha256: str = ""
     places_sha256: str = ""
     schedule_sha256: str = ""

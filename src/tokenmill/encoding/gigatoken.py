@@ -89,8 +89,8 @@ def _cut_of(fields: dict[str, Any], added: Sequence[AddedToken]) -> Cut | None:
     """Return how a text may be cut at a space between ASCII letters; None if it may not.
 
     Byte-level tokenizers split words from each other first, with all of `SPLITS`: a match that ends with a letter never
-    goes on with a space, and none looks back. The other kind merges across words only if a piece of the vocabulary has
-    a letter before a space; and where it begins each text with a space of its own, that stands for the one at the cut.
+    continues with a space, and none looks back. The others merge across words only if a piece of the vocabulary has a
+    letter before a space; and where it begins each text with a space of its own, that stands for the one at the cut.
     No added token may lie at the cut.
     """
     letters = set(string.ascii_letters)

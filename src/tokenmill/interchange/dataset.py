@@ -27,7 +27,7 @@ CHUNK_TOKENS = 1 << 22
 _ORIGINS = 1 << 18
 """Documents whose origins are looked up at once."""
 _RESIDENT_NBYTES = 256 << 20
-"""Of the data set's files; more of them stays in the system's cache, if it has room."""
+"""Resident limit of the data set's files; more of them stays in the system's cache, if it has room."""
 _STARTS_TOKENS = 1 << 28
 """Tokens whose documents are looked up at once."""
 

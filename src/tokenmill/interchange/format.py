@@ -42,7 +42,7 @@ class Format(Protocol):
         ...
 
     def open(self, source: Path, hints: Hints) -> Incoming:
-        """Open files of this format, of whoever made them, to import them.
+        """Open files of this format, whatever program made them, to import them.
 
         Raises:
             ImportDataError: they are not there, or not of this format.

@@ -1,4 +1,4 @@
-"""Import: the files of a trainer → a data root with sidecars, on which all of tokenmill works. Killed, it goes on.
+"""Import: the files of a trainer → a data root with sidecars, on which all of tokenmill works. A kill loses no shard.
 
 A file that is all tokens and nothing else becomes `tokens.bin` by a hard link; what else there is goes into shards.
 """
@@ -415,7 +415,7 @@ class _Importer:
     def _emitted_rows(self, block: DocumentBlock, *, is_last: bool) -> EmittedRows:
         """Return the documents as rows; ids must be of the vocabulary, and EOS at the end of each document.
 
-        Where the last one of all has no EOS it was cut off: it goes on after the end of the stream.
+        Where the last one of all has no EOS it was cut off: it continues after the end of the stream.
         """
         path, tokenizer = self._incoming.files[block.file], self._manifest.tokenizer
         lengths = block.lengths.astype(np.int64)

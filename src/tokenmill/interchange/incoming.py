@@ -25,7 +25,7 @@ class DocumentBlock(NamedTuple):
     """Number of the first document in that file."""
     lengths: NDArray[np.int64]
     tokens: NDArray[Any]
-    """Of all of them, unsigned, shape `(lengths.sum(),)`."""
+    """Tokens of all documents, unsigned, shape `(lengths.sum(),)`."""
 
 
 class Incoming(Protocol):
@@ -33,7 +33,7 @@ class Incoming(Protocol):
 
     files: list[Path]
     dtype: np.dtype[Any]
-    """Of the tokens, unsigned."""
+    """Data type of the tokens, unsigned."""
     is_guess: bool
     """Whether bounds of documents are where EOS is, as the format has none."""
     whole_file: Path | None
@@ -187,7 +187,7 @@ class Hints(NamedTuple):
 
     split: str
     dtype: np.dtype[Any] | None
-    """Of formats that do not say it."""
+    """Data type that the user gives, for formats that do not say it."""
     eos_id: int
     record: ExportRecord | None
     """`export.json`, where tokenmill made them."""

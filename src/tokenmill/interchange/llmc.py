@@ -34,7 +34,7 @@ class LlmC:
     reader = "llm.c: -i 'OUT/train_*.bin' -j 'OUT/val_*.bin'; modded-nanogpt"
 
     def refuse(self, dataset: ExportedDataset) -> None:
-        """Nothing stands against it: a file has at most 400 MB, and begins with a document or goes on with one."""
+        """Nothing stands against it: a file has at most 400 MB, and begins with a document or continues one."""
 
     def files(self, dataset: ExportedDataset, split: str) -> dict[str, int]:
         itemsize = dataset.dtype.itemsize

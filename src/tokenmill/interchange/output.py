@@ -52,7 +52,7 @@ class ExportedSplit(msgspec.Struct, kw_only=True):
     tokens: int
     documents: int
     tokens_sha256: str = ""
-    """Of all tokens, as the data set stores them."""
+    """SHA-256 of all tokens, as the data set stores them."""
     inner_eos: int = 0
     """EOS ids inside documents."""
 

@@ -89,9 +89,9 @@ class MixedStage(NamedTuple):
 
     samples: int
     shares: Integers
-    """Of each source in a period, shape `(sources,)`."""
+    """Samples of each source in a period, shape `(sources,)`."""
     source: NDArray[np.uint16]
-    """Of each place of a period, shape `(SCHEDULE_PERIOD,)`."""
+    """Source of each place of a period, shape `(SCHEDULE_PERIOD,)`."""
     rank: NDArray[np.uint16]
     """How many of the same source come before it in the period."""
 
@@ -103,7 +103,7 @@ class MixedStage(NamedTuple):
 
 
 class Mixture:
-    """Samples of several sources by a schedule, stage after stage; each source goes on where the stage before left it.
+    """Samples of several sources by a schedule, stage after stage; each source continues where the last stage left it.
 
     Args:
         sources: in the order in which their documents lie.

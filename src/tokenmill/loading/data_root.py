@@ -129,7 +129,7 @@ class TokenStream:
         if mapped_nbytes() + limit // 4 >= self._allowed_nbytes:
             for file in self._files:
                 file.release()
-            # What is left is not ours to let go of.
+            # What is left does not belong to this stream, so it cannot be released here.
             self._allowed_nbytes = max(limit, mapped_nbytes() + limit // 2)
 
 
@@ -164,7 +164,7 @@ class MappedArray:
         self.array: NDArray[Any] = np.frombuffer(self._mapping or b"", dtype, tokens, offset if tokens else 0)
 
     def release(self) -> None:
-        """Let go of the pages this process has mapped; they are mapped again as they are read."""
+        """Release the pages this process has mapped; they are mapped again as they are read."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
 

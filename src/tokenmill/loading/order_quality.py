@@ -22,7 +22,7 @@ from tokenmill.loading.samplers import permute
 from tokenmill.loading.view import OpenView, open_root, sample_key
 
 BUFFER_SIZE, SEED = 10_000, 42
-"""Of the buffer that is compared with: what recipes have by default."""
+"""Size and seed of the buffer that is compared with: what recipes have by default."""
 _WINDOWS = 32
 """Windows of tokens, at least, in which source files are counted."""
 _LEAST_EXPECTED = 5
@@ -30,7 +30,7 @@ _LEAST_EXPECTED = 5
 _PUSHED = 1 << 20
 """Documents that go through the buffer at once."""
 _SIGMAS = 2.576
-"""Of a normal distribution, 99% lie within so many standard deviations."""
+"""99% of a normal distribution lie within so many standard deviations."""
 
 
 class Measure(msgspec.Struct):

@@ -153,7 +153,7 @@ class Sample(NamedTuple):
     place: Provenance
     tokens: list[Token]
     originals: tuple[str | None, ...] = ()
-    """Of each document that was taken apart for fill in the middle, and is at hand as a whole: its text as it was."""
+    """The original text of each document that was taken apart for fill in the middle and is at hand as a whole."""
 
 
 def show(root: Path, sample: int) -> Sample:

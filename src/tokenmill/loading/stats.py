@@ -98,7 +98,7 @@ class Stats(msgspec.Struct, kw_only=True):
     text_nbytes_by_source: dict[str, int] | None
     """Bytes of the text, in UTF-8, that these tokens stand for; None where the tokenizer is not at hand."""
     tokens_by_value: dict[str, dict[str, int] | None] | None
-    """Of each metadata column, tokens by its value, `NULL` where there is none; None for a column with more than
+    """Tokens by value of each metadata column, `NULL` where there is none; None for a column with more than
     `options.MAX_VALUES` of them."""
     rank_frequency: list[tuple[int, int]]
     """Ranks of tokens, the most frequent being 1, and how often that token occurs; about 30 to a factor of ten."""

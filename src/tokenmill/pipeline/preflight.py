@@ -139,13 +139,13 @@ def check_disk(plan: Preflight, root: Path, *, shards_at_once: int | None = None
 
 class _Sample(NamedTuple):
     rows: int
-    """Of the files that were looked at, not of their first rows alone."""
+    """Rows of the files that were looked at, not only the rows that were read."""
     told_nbytes: float
     """Text of these files, by what they say."""
     held_nbytes: float
     """The same, by their first rows."""
     metadata_nbytes: float
-    """Of a row."""
+    """Mean size of a row's metadata."""
     filled_columns: set[str]
     """Metadata columns that have a value somewhere."""
     tokens_per_nbyte: float

@@ -204,7 +204,7 @@ class ShardPlan(NamedTuple):
     expected: ShardRecord | None
     """What the shard was when it was made before."""
     schema: pa.Schema
-    """Of its sidecar."""
+    """Schema of the shard's sidecar."""
 
 
 class MadeShard(NamedTuple):

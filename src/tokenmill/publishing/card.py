@@ -32,7 +32,7 @@ _SIZES = {
     10**8: "10M<n<100M",
     10**9: "100M<n<1B",
 }
-"""Of the hub's vocabulary `size_categories`."""
+"""The hub's vocabulary `size_categories`, with the size below which each applies."""
 
 
 class CardReport(msgspec.Struct):
@@ -105,7 +105,7 @@ def _require_ours(root: Path, *, overwrite: bool) -> None:
 
 
 def _is_as_written(text: str) -> bool:
-    """Return whether a card is one of ours that nobody changed."""
+    """Return whether tokenmill wrote a card and no one changed it since."""
     found = _DIGEST.search(text)
     return found is not None and found[1] == _digest(text[: found.start()] + text[found.end() :])
 

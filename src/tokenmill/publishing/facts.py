@@ -56,7 +56,7 @@ class Facts(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of the recipe."""
+        """Fingerprint of the recipe."""
         return self.manifest.fingerprint
 
     @property
@@ -66,7 +66,7 @@ class Facts(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of a stored token."""
+        """Data type of a stored token."""
         return self.manifest.stored_dtype
 
 
@@ -145,7 +145,7 @@ def _lineage(manifest: Manifest) -> list[Lineage]:
 
 
 def _source(entry: str, revision: str | None) -> Lineage:
-    """Return where a corpus is; of a local one the name alone, as its path is nobody else's business."""
+    """Return where a corpus is; of a local one the name alone, as its path tells others nothing and may be private."""
     scheme, mark, rest = entry.partition("://")
     if scheme == "file":
         return Lineage(short_name(rest), None)

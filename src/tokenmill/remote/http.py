@@ -1,6 +1,6 @@
 """HTTP: bytes of a URL by range, and back; the one module that imports `requests`.
 
-One try each: what may be gone at the next is a `TransientError`, so that whoever calls decides on
+Each request is tried once: what the next try may not meet is a `TransientError`, so that the caller decides on
 retries. Nothing received is believed before its length is what was asked for.
 """
 

@@ -24,7 +24,7 @@ MOST_BARS = 30
 _BAR_HEIGHT = 22
 _HEIGHT = 240
 _FLOW_HEIGHT = 46
-"""Of an outcome in a flow, however few rows it has."""
+"""Least height of an outcome in a flow, in pixels, however few rows it has."""
 _STEPS = 24
 _THINNEST = 0.008
 _COLOURS = [f"var(--c{number})" for number in range(1, 9)]

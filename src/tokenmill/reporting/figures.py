@@ -62,7 +62,7 @@ class Share(msgspec.Struct):
     end: int
     source: str
     share: float
-    """Of the samples of the stretch, from 0 to 1."""
+    """Share of the stretch's samples, from 0 to 1."""
 
 
 class Fill(msgspec.Struct):
@@ -85,7 +85,7 @@ class SampleDocument(msgspec.Struct):
     """First token of it here, counted in the document; likewise `end`, one past the last."""
     end: int
     tokens: int
-    """Of the whole document, EOS included."""
+    """Tokens of the whole document, EOS included."""
     metadata: dict[str, str]
     texts: list[str]
     """What each token adds to the text; empty while a character is not whole."""
@@ -100,7 +100,7 @@ class ShownSample(msgspec.Struct):
     begin: int
     """First token of it in the stream."""
     tokens: int
-    """Of the whole sample; the documents may have the first of them only."""
+    """Tokens of the whole sample; the documents may have the first of them only."""
     padding: int
     documents: list[SampleDocument]
 
@@ -123,7 +123,7 @@ class Figures(msgspec.Struct, kw_only=True):
     nbytes: int
     """Size of the tokens."""
     info: Info | None
-    """Of a data root."""
+    """What `info` says of a data root; None for a view."""
     view: ViewRecord | None
     stats: Stats
     order: OrderQuality | None
@@ -135,7 +135,7 @@ class Figures(msgspec.Struct, kw_only=True):
     runs: list[Run]
     shown: list[ShownSample]
     comparison: Comparison | None
-    """Of tokenizers, if one is given."""
+    """A comparison of tokenizers, if one is given."""
     shown_note: str
     """Why there are no samples, or of each only the beginning."""
 

@@ -223,7 +223,7 @@ class Consolidation:
         left = self._record.tokens_nbytes - file.nbytes
         # With `consume`, the shard that is being copied is the only one that is there twice.
         needed = min(left, max(shard.tokens for shard in self._shards) * self._record.itemsize) if consume else left
-        # Room an earlier run has claimed is ours, and let go of only afterwards.
+        # Room that an earlier run claimed belongs to this run, and is released only afterwards.
         free = shutil.disk_usage(self._root).free + max(0, file.allocated_nbytes - file.nbytes)
         if needed > free:
             raise StorageError(

@@ -146,7 +146,7 @@ class Documents:
         self._writer = pq.ParquetWriter(self._sink, stored, **how)
         self._waiting: list[NDArray[np.int64]] = []
         self._metadata: list[pa.Table] = []
-        """Of the documents that wait, if there is any."""
+        """Metadata of the documents that wait, if there is any."""
         self._sizes: NDArray[np.int64] = np.empty(0, np.int64)
         """Bytes of its strings, by document."""
         self._waiting_rows = 0

@@ -27,7 +27,7 @@ class PlainRow(NamedTuple):
 
     text: str | None
     values: Mapping[str, object] = {}
-    """Of a row that is wanted, what the file has in its columns or fields."""
+    """What the file has in the columns or fields of a wanted row."""
 
     def value(self, path: str) -> object:
         """Return what is at a metadata column's path, None if nothing is."""

@@ -37,7 +37,7 @@ class _Listed(NamedTuple):
     file: NDArray[np.int64]
     """Index of the source file in the manifest; -1 for one that it does not list."""
     hashes: NDArray[np.uint64]
-    """Of the text, or of the tokens."""
+    """Hashes of the texts, or of the tokens where there are none."""
 
 
 class _Entries(NamedTuple):

@@ -50,7 +50,7 @@ class PackingPlan(msgspec.Struct, frozen=True):
     packing: Packing
     seq_len: int
     samples: int
-    """Of one epoch."""
+    """Samples of one epoch."""
     documents_per_sample: float
     """In the mean, pieces of documents counted."""
     cut: int
@@ -68,7 +68,7 @@ class Built(NamedTuple):
     begins: NDArray[np.int64]
     places: NDArray[np.int64]
     schedule: NDArray[np.uint16]
-    """Of a mixture; as of `mixture.Mixed`."""
+    """The schedule of a mixture, as in `mixture.Mixed`."""
     duplicates: int
     """Documents of the view whose text an earlier one has as well."""
     packings: list[PackingPlan]
@@ -81,7 +81,7 @@ class _Row(NamedTuple):
     place: NDArray[np.int64]
     length: NDArray[np.int64] | NDArray[np.uint32]
     bounds: list[int]
-    """Of its parts, which are cut by themselves: each source of a mixture, or the whole."""
+    """Bounds of the parts that are cut by themselves: each source of a mixture, or the whole."""
 
     def parts(self) -> Iterator[tuple[NDArray[np.int64], Any]]:
         """Yield places and lengths of each part."""

@@ -24,7 +24,7 @@ from tokenmill.loading.view import ViewIndex
 
 BUCKET_NBYTES = 64 << 20
 RESIDENT_NBYTES = 256 << 20
-"""Of the sources; more of them stays in the system's cache, if it has room."""
+"""Resident limit of the sources' pages; more of them stays in the system's cache, if it has room."""
 CHUNK_TOKENS = 1 << 24
 """Read at once while documents are put into buckets."""
 _LOOKED_AT = 1 << 16

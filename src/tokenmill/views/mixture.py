@@ -22,14 +22,14 @@ class Mixed(NamedTuple):
 
     stages: list[StageRecord]
     schedule: NDArray[np.uint16]
-    """Of each stage, source and rank of each place of a period; shape `(stages, 2, PERIOD)`."""
+    """Source and rank of each place of a period, for each stage; shape `(stages, 2, PERIOD)`."""
 
 
 class _End(NamedTuple):
     """Where a source has given all that it may."""
 
     sample: int
-    """Of the stage, the first that it could not give."""
+    """The first sample of the stage that the source could not give."""
     source: ViewSource
 
 

@@ -50,7 +50,7 @@ class ViewStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     more epochs than it may."""
     samples: Positive | None = None
     weights: dict[str, Weight] | None = None
-    """Of sources by name, 0 for those that are not named; None takes those of the sources."""
+    """Weights of sources by name, 0 for those that are not named; None takes the sources' own weights."""
 
 
 class ViewSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

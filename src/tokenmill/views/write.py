@@ -32,7 +32,7 @@ from tokenmill.views.origins import Origins, first_file_of, metadata_columns
 from tokenmill.views.shards import BUCKETS, ORIGINS, ShardTask, ViewShards, write_shard
 
 _ORIGIN_NBYTES = 32
-"""Of a document, on disk, while its shard is written; without its metadata."""
+"""Disk space of a document's origin while its shard is written; without its metadata."""
 
 OnTokens = Callable[[int, int], None]
 """Called with tokens that are written and tokens to write."""
