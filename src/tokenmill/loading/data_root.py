@@ -81,8 +81,13 @@ class TokenStream:
         self._resident_limit = self._allowed_nbytes = RESIDENT_NBYTES
 
     def limit_resident(self, nbytes: int) -> None:
-        """Let go of mapped pages earlier than when `RESIDENT_NBYTES` are resident."""
+        """Release mapped pages earlier than when `RESIDENT_NBYTES` are resident."""
         self._resident_limit = self._allowed_nbytes = nbytes
+
+    def release(self) -> None:
+        """Release all mapped pages; they are mapped again as they are read."""
+        for file in self._files:
+            release_pages(file.array)
 
     @property
     def whole(self) -> NDArray[Any] | None:
@@ -127,8 +132,7 @@ class TokenStream:
             return
         self._read_nbytes = 0
         if mapped_nbytes() + limit // 4 >= self._allowed_nbytes:
-            for file in self._files:
-                file.release()
+            self.release()
             # What is left does not belong to this stream, so it cannot be released here.
             self._allowed_nbytes = max(limit, mapped_nbytes() + limit // 2)
 
@@ -154,19 +158,23 @@ class MappedArray:
         expected = offset + tokens * dtype.itemsize
         if not path.exists():
             raise DataRootError(f"{path}: is missing", next_step=_VERIFY)
-        self._mapping: mmap.mmap | None = None
+        mapping: mmap.mmap | None = None
         with atomic.translate_read_errors(path), path.open("rb") as file:
             found = path.stat().st_size
             if found != expected:
                 raise DataRootError(f"{path}: expected {expected} bytes, found {found}", next_step=_VERIFY)
             if tokens:  # an empty file cannot be mapped
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array: NDArray[Any] = np.frombuffer(self._mapping or b"", dtype, tokens, offset if tokens else 0)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.array: NDArray[Any] = np.frombuffer(mapping or b"", dtype, tokens, offset if tokens else 0)
 
-    def release(self) -> None:
-        """Release the pages this process has mapped; they are mapped again as they are read."""
-        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+def release_pages(array: NDArray[Any]) -> None:
+    """Release the pages of a file that an array maps for reading; they are mapped again as they are read."""
+    owner: Any = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 class DataRoot(NamedTuple):

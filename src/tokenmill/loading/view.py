@@ -31,6 +31,7 @@ from tokenmill.loading.data_root import (
     TokenStream,
     Windows,
     most_parts,
+    release_pages,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class ViewIndex(NamedTuple):
     places: NDArray[np.int64]
     """First token of each entry, counted over the streams of all sources one after the other; `PADDING_PLACE` for
     padding; shape `(entries,)`."""
+
+    def release(self) -> None:
+        """Release the mapped pages of both; they are mapped again as they are read."""
+        for array in self:
+            release_pages(array)
 
     def between(self, begin: int, end: int) -> tuple[int, int]:
         """Return the first entry that holds tokens `begin` to before `end`, and one past the last."""

@@ -17,6 +17,7 @@ from tokenmill.corpus.metadata import take_rows
 from tokenmill.dataroot import atomic
 from tokenmill.dataroot.sidecar import metadata_schema
 from tokenmill.errors import DataRootError
+from tokenmill.loading.data_root import release_pages
 from tokenmill.loading.view import OpenView, ViewIndex
 from tokenmill.recipe import MetadataColumn
 from tokenmill.views.catalogue import Catalogue, documents_at, open_sources, taken_metadata
@@ -106,6 +107,10 @@ class Origins:
             numbers.flush()
             if columns:
                 _write_metadata(folder / _METADATA, opened, np.sort(index.places), metadata_schema(columns))
+
+    def release(self) -> None:
+        """Release the mapped pages of the numbers; they are mapped again as they are read."""
+        release_pages(self._numbers)
 
     def read(self, first: int, stop: int) -> Origin:
         """Return those of documents `first` to before `stop` of the view."""

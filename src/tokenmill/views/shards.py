@@ -90,6 +90,10 @@ class ViewShards:
         except BaseException:
             writer.discard()
             raise
+        finally:
+            # The next shard reads other pages of these; together they grow with the documents of the view.
+            self._index.release()
+            self._origins.release()
 
     def _append(self, writer: ShardWriter, shard: int, documents: tuple[int, int], tokens: tuple[int, int]) -> None:
         """Append the tokens of some documents that lie in the shard."""
