@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tokenmill.cli.options import data_root_argument, json_option
 from tokenmill.dataroot import layout
-from tokenmill.dataroot import manifest as manifests
 from tokenmill.errors import DataRootError
-from tokenmill.progress import ProgressRow, count, duration, last_logged_row, shown_row
+
+if TYPE_CHECKING:  # they take as long to load as all of `tokenmill --help`
+    from tokenmill.dataroot.manifest import Manifest
+    from tokenmill.progress import ProgressRow
 
 _LOOK_SECONDS = 1.0
 _SILENT_SECONDS = 60.0
@@ -47,9 +50,12 @@ def watch(data_root: Path, *, once: bool, as_json: bool) -> None:
             return
 
 
-def _states(root: Path) -> Iterator[tuple[ProgressRow | None, manifests.Manifest | None]]:
+def _states(root: Path) -> Iterator[tuple[ProgressRow | None, Manifest | None]]:
     """Yield the last row of the log, and the manifest, once a second."""
-    read: tuple[int, manifests.Manifest | None] = (-1, None)
+    from tokenmill.dataroot import manifest as manifests
+    from tokenmill.progress import last_logged_row
+
+    read: tuple[int, Manifest | None] = (-1, None)
     while True:
         path = root / layout.MANIFEST
         changed = path.stat().st_mtime_ns if path.exists() else 0
@@ -65,7 +71,9 @@ def _states(root: Path) -> Iterator[tuple[ProgressRow | None, manifests.Manifest
         time.sleep(_LOOK_SECONDS)
 
 
-def _line(row: ProgressRow | None, manifest: manifests.Manifest | None) -> str:
+def _line(row: ProgressRow | None, manifest: Manifest | None) -> str:
+    from tokenmill.progress import count, duration, shown_row
+
     kept = f"{len(manifest.shards):,} shards, {count(manifest.tokens)} tokens recorded" if manifest else "no shard yet"
     if manifest is not None and manifest.complete:
         return f"complete: {kept}"
@@ -77,7 +85,7 @@ def _line(row: ProgressRow | None, manifest: manifests.Manifest | None) -> str:
     return f"{shown_row(row).text}  ({kept})"
 
 
-def _as_json(row: ProgressRow | None, manifest: manifests.Manifest | None) -> str:
+def _as_json(row: ProgressRow | None, manifest: Manifest | None) -> str:
     import msgspec
 
     state = {
