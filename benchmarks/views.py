@@ -185,6 +185,20 @@ def written(folder: Path, gigabytes: float) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
+def larger(folder: Path, gigabytes: float) -> None:
+    """Write a view of a source that takes no room on the disk itself, so that one larger than memory is soon tried."""
+    root = folder / "real"
+    documents = int(gigabytes * 1e9 / 2 / MEAN_TOKENS)
+    apart(make_up, root, documents, seed=1, sparse=True)
+    build = [sys.executable, "-m", "tokenmill", "view", "build", spec(folder, [root]), folder / "view", "-q"]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    _, peak_gb, _ = run_measured([sys.executable, "-c", WRITE, str(folder / "view"), str(folder / "out"), "x"])
+    rate = manifest.load(root).tokens / (time.monotonic() - began) / 1e6
+    print(f"view write, {gigabytes} GB sparse, {documents:,} documents: {rate:.0f} M tokens/s {peak_gb:.2f} GB at most")
+    shutil.rmtree(folder)
+
+
 WRITE = """
 import sys
 from tokenmill.views.write import write_view
@@ -198,7 +212,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100_000_000)
     parser.add_argument("--sources", type=int, default=100)
     parser.add_argument("--write-gb", type=float, default=6.0)
+    parser.add_argument("--sparse-gb", type=float, help="write a view of so large a source, a sparse file, and no more")
     options = parser.parse_args()
+    if options.sparse_gb:
+        larger(options.folder / "larger", options.sparse_gb)
+        return
     written(options.folder / "write", options.write_gb)
     scale(options.folder / "scale", options.documents, options.sources)
     removal(options.folder / "scale", min(options.documents, 100_000))

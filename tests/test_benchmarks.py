@@ -66,6 +66,7 @@ def test_views(tmp_path: Path) -> None:
     found = printed("views", tmp_path, "--documents", 3_000, "--sources", 3, "--write-gb", 0.002)
     assert all(what in found for what in ("cp", "through files", "3,000 documents in 3 sources", "a random sample"))
     assert "30 removed" in found
+    assert "1,000 documents" in printed("views", tmp_path, "--sparse-gb", 0.002)
 
 
 def test_mixture(tmp_path: Path) -> None:
