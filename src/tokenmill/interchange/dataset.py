@@ -28,6 +28,8 @@ _ORIGINS = 1 << 18
 """Documents whose origins are looked up at once."""
 _RESIDENT_NBYTES = 256 << 20
 """Resident limit of the data set's files; more of them stays in the system's cache, if it has room."""
+_COUNTED_TOKENS = 1 << 18
+"""Looked at at once: what a comparison makes of them stays in the processor's cache."""
 _STARTS_TOKENS = 1 << 28
 """Tokens whose documents are looked up at once."""
 
@@ -121,7 +123,8 @@ class ExportedDataset:
                 if hashed is not None:
                     hashed.result()
                 hashed = hashing.submit(sha256.update, chunk.data.cast("B"))
-                eos += int(np.count_nonzero(chunk == self.tokenizer.eos_id))
+                for at in range(0, len(chunk), _COUNTED_TOKENS):
+                    eos += int(np.count_nonzero(chunk[at : at + _COUNTED_TOKENS] == self.tokenizer.eos_id))
                 yield chunk
             if hashed is not None:
                 hashed.result()

@@ -45,10 +45,11 @@ class Mds:
         config = _config(dataset)
         nbytes = _sample_nbytes(dataset)
         shards = _shards(dataset)
-        for number, chunk in zip(range(len(shards)), dataset.chunks(shards[0] * dataset.seq_len), strict=False):
-            name, samples = f"{split}/{_shard_name(number)}", shards[number]
-            if output.is_done(name):
+        for number, chunk in enumerate(dataset.chunks(shards[0] * dataset.seq_len)):  # to its end: it makes the digest
+            name = f"{split}/{_shard_name(number)}"
+            if number == len(shards) or output.is_done(name):
                 continue
+            samples = shards[number]
             first = 4 + 4 * (samples + 1) + len(config)
             with output.file(name) as file:
                 file.write(np.array([samples], "<u4"))
