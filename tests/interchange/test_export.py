@@ -26,7 +26,7 @@ from conftest import DIE_AT, command, run_cli, text, write_parquet
 from tokenmill import errors
 from tokenmill.cli.demo import TOKENIZER
 from tokenmill.cli.interchange import FORMATS as FORMAT_NAMES
-from tokenmill.dataroot import layout
+from tokenmill.dataroot import atomic, layout
 from tokenmill.interchange import huggingface, litdata, llmc, mds, position
 from tokenmill.interchange.export import FORMATS, export, plan_export
 from tokenmill.interchange.output import EXPORT
@@ -414,15 +414,16 @@ def test_ids_of_sixteen_bits(
 def test_what_was_written_is_read_again(
     roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = hashlib.file_digest
+    """By a disk that keeps another last byte."""
+    publish = atomic.AtomicFile.publish
 
-    def damaging(file: Any, name: str) -> Any:
-        path = Path(file.name)
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-        return real(file, name)
+    def damaging(file: atomic.AtomicFile) -> None:
+        publish(file)
+        if file.path.suffix == ".bin":
+            file.path.write_bytes(file.path.read_bytes()[:-1] + b"x")
 
-    monkeypatch.setattr(hashlib, "file_digest", damaging)
-    with pytest.raises(errors.StorageError, match="expected what was written"):
+    monkeypatch.setattr(atomic.AtomicFile, "publish", damaging)
+    with pytest.raises(errors.StorageError, match=r"train\.bin: expected what was written, xxh3-128"):
         export(roots["shards"], tmp_path / "out", "megatron")
 
 
