@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -425,6 +426,18 @@ def test_what_was_written_is_read_again(
     monkeypatch.setattr(atomic.AtomicFile, "publish", damaging)
     with pytest.raises(errors.StorageError, match=r"train\.bin: expected what was written, xxh3-128"):
         export(roots["shards"], tmp_path / "out", "megatron")
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_damaged_tokens_bin_is_not_exported(roots: dict[str, Path], tmp_path: Path, *, copy: bool) -> None:
+    root = Path(shutil.copytree(roots["joined"], tmp_path / "root"))
+    data = bytearray((root / layout.TOKENS).read_bytes())
+    data[100] ^= 1
+    (root / layout.TOKENS).write_bytes(data)
+    for to in ("megatron", "mds"):
+        with pytest.raises(errors.DataRootError, match=r"tokens\.bin: expected sha256 .* by consolidated\.json, found"):
+            export(root, tmp_path / f"out-{to}", to, copy=copy)
+        assert not json.loads((tmp_path / f"out-{to}" / "export.json").read_text())["complete"]
 
 
 def test_a_copy_shares_nothing_with_the_data_set(roots: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenmill.dataroot import layout
 from tokenmill.dataroot.manifest import TokenizerRecord
 from tokenmill.dataroot.view_record import pin_of
-from tokenmill.errors import ExportError
+from tokenmill.errors import DataRootError, ExportError
 from tokenmill.loading.data_root import TokenStream
 from tokenmill.loading.view import OpenView, open_root
 from tokenmill.recipe import MetadataColumn
@@ -110,7 +110,11 @@ class ExportedDataset:
         return list(self.found.manifest.recipe.metadata)
 
     def chunks(self, tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[Any]]:
-        """Yield all tokens, so many at once; the first time they are hashed and looked at, too."""
+        """Yield all tokens, so many at once; the first time they are hashed and looked at, too.
+
+        Raises:
+            DataRootError: after the last of them, if `tokens.bin` is not what its record says.
+        """
         ranges = ((at, min(at + tokens, self.tokens)) for at in range(0, self.tokens, tokens))
         if self._digest is not None:
             yield from (self.stream.read(begin, end) for begin, end in ranges)
@@ -128,7 +132,16 @@ class ExportedDataset:
                 yield chunk
             if hashed is not None:
                 hashed.result()
+        self._refuse_damaged(sha256.hexdigest())
         self._digest, self._inner_eos = sha256.hexdigest(), eos - self.documents + (not self.ends_with_eos)
+
+    def _refuse_damaged(self, found: str) -> None:
+        record = None if isinstance(self.found, OpenView) or self.whole_file is None else self.found.record
+        if record is not None and record.tokens_sha256 not in ("", found):
+            raise DataRootError(
+                f"{self.whole_file}: expected sha256 {record.tokens_sha256} by {layout.CONSOLIDATED}, found {found}",
+                next_step=f"run: tokenmill verify {self.root}",
+            )
 
     @property
     def ends_with_eos(self) -> bool:
