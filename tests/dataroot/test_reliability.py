@@ -187,6 +187,36 @@ def test_a_data_root_whose_path_is_not_utf8(made: Path, tmp_path: Path) -> None:
     line = ["--dataset", made / "c", "--tokenizer", TOKENIZER, "--on-bad-rows", "skip", "--json"]
     other = root.with_name("other" + root.name)
     assert run_cli("pretokenize", other, *line).returncode == 0
+    out = tmp_path / "out"
+    odd = os.fsdecode(os.fsencode(out) + b"/caf\xe9")
+    out.mkdir()
+    shutil.copytree(root, out / "source")
+    for folder in (root, out):
+        source = "." if folder == root else "source"
+        (folder / "view.toml").write_text(f'seq_len = 8\n[[sources]]\nname = "a"\nroot = "{source}"\n')
+    for arguments in (
+        ["consolidate", root],
+        ["stats", root],
+        ["where", root, "--sample", 0],
+        ["watch", root, "--once"],
+        ["card", root],
+        ["view", "plan", root / "view.toml"],
+        ["view", "build", root / "view.toml", out / "refused"],  # the index would have to say where its source is
+        ["view", "build", out / "view.toml", f"{odd}-view"],
+        ["view", "write", f"{odd}-view", f"{odd}-written"],
+        ["verify", f"{odd}-view"],
+        ["export", root, f"{odd}-export", "--to", "megatron"],
+        ["export", root, f"{odd}-mds", "--to", "mds"],
+        ["import", f"{odd}-export", f"{odd}-imported", "--from", "megatron"],
+        ["import", f"{odd}-mds", f"{odd}-imported-too", "--from", "mds"],
+        ["info", f"{odd}-imported"],
+        ["pretokenize", f"{odd}-new", "--only-new", other, *line[:-1]],
+    ):
+        result = run_cli(*arguments, "--json")
+        assert "Traceback" not in result.stderr, result.stderr
+        expected = 3 if "--only-new" in arguments else 5 if out / "refused" in arguments else 0
+        assert result.returncode == expected, (arguments, result.stderr)
+        assert result.returncode or json.loads(result.stdout)
 
 
 def test_a_bug_does_not_look_like_a_finding() -> None:

@@ -370,6 +370,8 @@ def test_refusals(roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
         export(roots["shards"], tmp_path / "new", "gguf")
     with pytest.raises(errors.ExportError, match="another tokenizer or dtype"):
         export(roots["shards"], tmp_path / "new", "llmc", validation=roots["wide"])
+    with pytest.raises(errors.ExportError, match="is the same data as"):
+        export(roots["shards"], tmp_path / "new", "llmc", validation=roots["shards"])
     with pytest.raises(errors.DataRootError, match="expected"):
         export(tmp_path / "nothing", tmp_path / "new", "llmc")
     joined = tmp_path / "joined"

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from tokenmill.redact import redact
+from tokenmill.redact import escape_surrogates, redact
 
 log = logging.getLogger("tokenmill")
 say = logging.getLogger("tokenmill.say")
@@ -53,10 +53,23 @@ def print_result(found: object, lines: Iterable[str], *, as_json: bool) -> None:
     """Print a result as JSON, or as lines for a person."""
     import msgspec
 
-    if as_json:
-        click.echo(msgspec.json.encode(found))
-    else:
+    if not as_json:
         echo_lines(lines)
+        return
+    try:
+        data = msgspec.json.encode(found)
+    except UnicodeEncodeError:  # a path that is not UTF-8, which JSON must be
+        data = msgspec.json.encode(_escaped(msgspec.to_builtins(found)))
+    click.echo(data)
+
+
+def _escaped(value: Any) -> Any:
+    """Return what JSON is made of, with bytes of paths that are not UTF-8 written out."""
+    if isinstance(value, str):
+        return escape_surrogates(value)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(each) for key, each in value.items()}
+    return [_escaped(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class _MessageHandler(logging.Handler):

@@ -18,6 +18,7 @@ from tokenmill.dataroot import atomic, layout
 from tokenmill.errors import DataRootError
 from tokenmill.options import LARGEST_COUNT
 from tokenmill.recipe import Positive, Recipe
+from tokenmill.redact import escape_surrogates
 
 VERSION = 3
 _OLDEST = 1
@@ -424,11 +425,21 @@ def save_if_changed(root: Path, manifest: Manifest) -> None:
 
 
 def encode(record: Record) -> bytes:
-    """Return a record as it is stored, its digests made anew."""
+    """Return a record as it is stored, its digests made anew.
+
+    Raises:
+        DataRootError: a path in it is not UTF-8, which JSON must be.
+    """
     record.version = VERSION
     # Other threads may change the record meanwhile, so digests and content are made of one copy.
     stored: dict[str, Any] = msgspec.to_builtins(record)
-    stored["digests"] = record.digests = {
-        field: field_digest(value) for field, value in stored.items() if field != "digests"
-    }
+    try:
+        stored["digests"] = record.digests = {
+            field: field_digest(value) for field, value in stored.items() if field != "digests"
+        }
+    except UnicodeEncodeError as error:
+        raise DataRootError(
+            f"{escape_surrogates(error.object)} is not UTF-8, which records must be",
+            next_step="rename it, or give a link to it whose name is UTF-8",
+        ) from None
     return msgspec.json.format(msgspec.json.encode(stored), indent=1) + b"\n"

@@ -34,6 +34,7 @@ from tokenmill.interchange.output import (
 from tokenmill.interchange.torchtitan import TorchTitan
 from tokenmill.options import OnBytes
 from tokenmill.progress import also_shown
+from tokenmill.redact import escape_surrogates
 
 FORMATS: dict[str, Format] = {
     each.name: each
@@ -164,6 +165,11 @@ def _open(kind: Format, root: Path | str, validation: Path | str | None) -> dict
                 f"{validation}: was made with another tokenizer or dtype than {root}",
                 next_step="make both with the same",
             )
+        if first.identity == second.identity:
+            raise ExportError(
+                f"{validation}: is the same data as {root}, so a validation loss would be one of training",
+                next_step='build a view with holdout and split = "validation" (docs/views.md), and give that',
+            )
     for dataset in datasets.values():
         if dataset.tokens == 0 or dataset.documents == 0:
             raise ExportError(f"{dataset.root}: has no documents", next_step="export one that has some")
@@ -183,7 +189,7 @@ def _record(out: Path, kind: Format, datasets: dict[str, ExportedDataset]) -> Ex
         seq_len=train.seq_len,
         splits={
             split: ExportedSplit(
-                root=str(dataset.root),
+                root=escape_surrogates(dataset.root),
                 identity=dataset.identity,
                 dtype=dataset.dtype.name,
                 tokens=dataset.tokens,

@@ -32,6 +32,7 @@ from tokenmill.interchange.output import ExportRecord, require_room
 from tokenmill.loading.data_root import Piece
 from tokenmill.progress import also_shown
 from tokenmill.recipe import DEFAULT_SHARD_SIZE, Recipe
+from tokenmill.redact import escape_surrogates
 from tokenmill.shards.consolidate import consolidate
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.pack import EmittedRows, ShardSlice, cut
@@ -292,7 +293,7 @@ def _new_manifest(
         tokenizer.vocab_size = limit
     dtype = "uint16" if incoming.dtype.itemsize <= 2 else "uint32"
     recipe = Recipe(
-        dataset=str(source),
+        dataset=escape_surrogates(source),
         tokenizer=tokenizer.name,
         order="sequential",
         shard_size=shard_size,
@@ -315,12 +316,18 @@ def _new_manifest(
         software={},
         files=[FileRecord(_name(source, path), path.stat().st_size) for path in incoming.files],
         notes=notes,
-        imported=ImportOrigin(kind, str(source), incoming.is_guess, append_eos),
+        imported=ImportOrigin(kind, escape_surrogates(source), incoming.is_guess, append_eos),
     )
 
 
 def _name(source: Path, path: Path) -> str:
-    return path.relative_to(source).as_posix() if source.is_dir() else path.name
+    name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+    if escape_surrogates(name) != name:
+        raise ImportDataError(
+            f"{path}: its name is not UTF-8, which records must be",
+            next_step="rename it, or give a link to it whose name is UTF-8",
+        )
+    return name
 
 
 def _agreeing(root: Path, fresh: Manifest) -> Manifest:

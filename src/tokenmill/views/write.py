@@ -24,6 +24,7 @@ from tokenmill.errors import DataRootError, StorageError
 from tokenmill.loading.view import OpenView, check_index, open_view
 from tokenmill.options import available_cores
 from tokenmill.recipe import Recipe
+from tokenmill.redact import escape_surrogates
 from tokenmill.shards.ledger import balance, complete
 from tokenmill.shards.recorder import Recorder
 from tokenmill.views.catalogue import documents_at, open_sources
@@ -112,7 +113,7 @@ def write_view(
     check_index(opened.root, opened.view)
     if Path(root).is_dir() and load_view(Path(root)) is not None:
         raise DataRootError(f"{root}: is a view", next_step="choose another directory")
-    fresh = _new_manifest(opened, str(view), shard_size)
+    fresh = _new_manifest(opened, escape_surrogates(view), shard_size)
     atomic.make_root(root)
     with lock_data_root(root), contextlib.nullcontext() if engine is None else engine.hold(str(root.resolve())):
         manifest = _agreeing(root, fresh, opened)
