@@ -445,6 +445,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def plural(number: int, what: str) -> str:
+    """Return a number and what it counts: `1 shard`, `1,200 shards`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def duration(seconds: float) -> str:
     """`2:05` or `1:02:05`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokenmill.dataroot.layout import SAMPLE_IDS, SCHEDULE_PERIOD, SKIPPED, TOKENS
 from tokenmill.options import MAX_VALUES, MOST_GROUPS
-from tokenmill.progress import count, duration
+from tokenmill.progress import count, duration, plural
 
 if TYPE_CHECKING:  # names of types only: what a command does not use it does not wait for
     from collections.abc import Collection, Mapping, Sequence
@@ -105,13 +105,13 @@ def _sent_lines(summary: Summary) -> list[str]:
 def transfer_lines(result: Transfer) -> list[str]:
     """Return what a transfer did, or would do."""
     moved, nbytes = result.moved, sum(file.moved_nbytes for file in result.files)
-    there = _plural(len(result.files) - len(moved), "file")
+    there = plural(len(result.files) - len(moved), "file")
     if result.dry_run:
         lines = [f"{file.nbytes:>16,}  {file.path}" for file in moved]
-        return [*lines, f"{_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB to transfer; {there} there already"]
+        return [*lines, f"{plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB to transfer; {there} there already"]
     speed = f" in {result.seconds:.1f} s, {nbytes / 1e6 / max(1e-9, result.seconds):.0f} MB/s" if nbytes else ""
     lines = [
-        f"{result.source} \u2192 {result.target}: {_plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB{speed}; "
+        f"{result.source} \u2192 {result.target}: {plural(len(moved), 'file')}, {nbytes / 1e9:.3f} GB{speed}; "
         f"{there} there already"
     ]
     proofs = {
@@ -121,7 +121,7 @@ def transfer_lines(result: Transfer) -> list[str]:
     }
     for name, what in proofs.items():
         if count := sum(file.checked == name for file in result.files):
-            lines.append(f"{_plural(count, 'file')} compared with {what}")
+            lines.append(f"{plural(count, 'file')} compared with {what}")
     if result.retries:
         lines.append(f"requests that failed and were tried again: {result.retries:,}")
     return lines
@@ -129,7 +129,7 @@ def transfer_lines(result: Transfer) -> list[str]:
 
 def published_lines(found: PublishReport) -> list[str]:
     """Say what was sent to the hub, or would be."""
-    total = f"{_plural(len(found.files), 'file')}, {sum(found.files.values()) / 1e9:.3f} GB"
+    total = f"{plural(len(found.files), 'file')}, {sum(found.files.values()) / 1e9:.3f} GB"
     notes = [f"note: {note}" for note in found.notes]
     if not found.commit:
         lines = [f"{nbytes:>16,}  {name}" for name, nbytes in found.files.items()]
@@ -232,7 +232,7 @@ def verification_lines(result: Verification) -> list[str]:
         ]
     read = f"{result.nbytes / 1e9:.3f} GB read in {result.seconds:.1f} s"
     if result.findings:
-        return [*lines, f"\u274c {_plural(len(result.findings), 'finding')}; {read}"]
+        return [*lines, f"\u274c {plural(len(result.findings), 'finding')}; {read}"]
     if result.elsewhere:
         lines += elsewhere_lines(result.elsewhere)
         return [*lines, f"\u2705 what is here of {result.root} is what its records say; {read}"]
@@ -245,13 +245,9 @@ def elsewhere_lines(files: Mapping[str, str]) -> list[str]:
     for name, store in files.items():
         stores.setdefault(store, []).append(name)
     return [
-        f"not here but in {store}: {_plural(len(names), 'file')}: {names[0]}{f' to {names[-1]}' if names[1:] else ''}"
+        f"not here but in {store}: {plural(len(names), 'file')}: {names[0]}{f' to {names[-1]}' if names[1:] else ''}"
         for store, names in stores.items()
     ]
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def info_lines(found: Info, *, every: bool = False) -> list[str]:
@@ -269,7 +265,7 @@ def info_lines(found: Info, *, every: bool = False) -> list[str]:
         )
         lines |= {
             "documents": f"{found.documents:,}",
-            "corpus": f"{datasets}: {_plural(found.files or 0, 'file')}, {(found.source_nbytes or 0) / 1e9:.3f} GB",
+            "corpus": f"{datasets}: {plural(found.files or 0, 'file')}, {(found.source_nbytes or 0) / 1e9:.3f} GB",
             "tokenizer": f"{tokenizer.name}: {tokenizer.vocab_size:,} ids, EOS {recipe.eos_token} = {tokenizer.eos_id}",
             "": f"tokenizer.json sha256 {tokenizer.sha256}",
             "order": order,
@@ -378,7 +374,7 @@ def _tokens_of(found: Sample, limit: int | None) -> list[list[Token]]:
 
 def _rest_lines(found: Sample, limit: int | None) -> list[str]:
     more = len(found.tokens) - limit if limit is not None else 0
-    return ["", f"\u2500\u2500 {_plural(more, 'token')} more \u2500\u2500"] if more > 0 else []
+    return ["", f"\u2500\u2500 {plural(more, 'token')} more \u2500\u2500"] if more > 0 else []
 
 
 def sample_lines(found: Sample, *, colour: bool, limit: int | None = None) -> list[str]:
@@ -401,7 +397,7 @@ def sample_lines(found: Sample, *, colour: bool, limit: int | None = None) -> li
 
 def _padding_lines(found: Sample) -> list[str]:
     padding = len(found.tokens) - sum(part.end - part.begin for part in found.place.documents)
-    return ["", f"\u2500\u2500 {_plural(padding, 'token')} of padding \u2500\u2500"] if padding else []
+    return ["", f"\u2500\u2500 {plural(padding, 'token')} of padding \u2500\u2500"] if padding else []
 
 
 def _bounded(tokens: list[Token], colour: bool) -> str:
@@ -470,9 +466,7 @@ def stats_lines(found: Stats, *, every: bool = False) -> list[str]:
         lines += [f"documents     {found.documents:,}", f"their tokens  {figures}"]
     if found.repeated_texts is not None:
         texts, documents = found.repeated_texts.texts, found.repeated_texts.documents
-        lines.append(
-            f"same text     {_plural(texts, 'text')} more than once, {_plural(documents, 'document')} too many"
-        )
+        lines.append(f"same text     {plural(texts, 'text')} more than once, {plural(documents, 'document')} too many")
     if found.duplicates is None:
         lines.append("duplicates    not known: no sample ids are stored (tokenmill consolidate makes a data root's)")
     else:
@@ -548,7 +542,7 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
     if record.duplicates == "first":
         lines["duplicates"] = "the first of each text is taken"
     elif duplicates is not None:
-        lines["duplicates"] = f"{_plural(duplicates, 'document')} with a text that an earlier one has"
+        lines["duplicates"] = f"{plural(duplicates, 'document')} with a text that an earlier one has"
     shown = [f"{name:<12} {value}" for name, value in lines.items()]
     shown += [f"{'note':<12} {note}" for note in record.notes]
     shown += _stage_lines(record)
@@ -558,7 +552,7 @@ def view_lines(record: ViewRecord, duplicates: int | None = None) -> list[str]:
         if source.where is not None:
             shown.append(f"{'':>27}  where {source.where}")
         if source.removed:
-            shown.append(f"{'':>27}  without {_plural(len(source.removed), 'document')} of a removal list")
+            shown.append(f"{'':>27}  without {plural(len(source.removed), 'document')} of a removal list")
         shown += [
             f"{'':>13} {count:>13,}  left out: {_REASONS.get(why, why)}" for why, count in source.left_out.items()
         ]
@@ -570,7 +564,7 @@ def _packing(record: ViewRecord) -> str:
         return "concat: samples are cut from the row of documents"
     row = record.tokens + record.padding
     padding = f"{record.padding:,} tokens of padding ({record.padding / max(1, row):.3%})"
-    return f"best-fit: {padding}, {_plural(record.cut, 'document')} cut, as longer than a sample"
+    return f"best-fit: {padding}, {plural(record.cut, 'document')} cut, as longer than a sample"
 
 
 def _stage_lines(record: ViewRecord) -> list[str]:
@@ -607,7 +601,7 @@ def packing_lines(record: ViewRecord, plans: list[PackingPlan]) -> list[str]:
 
 def written_lines(found: WriteReport) -> list[str]:
     """Say what writing a view did."""
-    what = f"{_shards(found.shards)}, {_plural(found.tokens, 'token')}, {_plural(found.documents, 'document')}"
+    what = f"{_shards(found.shards)}, {plural(found.tokens, 'token')}, {plural(found.documents, 'document')}"
     if found.status != "complete":
         return [f"\u2705 {found.root}: {what}: already complete"]
     rate = count(found.new_tokens / max(1e-9, found.seconds))
@@ -618,14 +612,14 @@ def written_lines(found: WriteReport) -> list[str]:
 def disjointness_lines(found: Disjointness) -> list[str]:
     """Say what comparing two views found."""
     lines = [
-        f"{name}: {_plural(documents, 'document')}, {_plural(texts, 'text')}"
+        f"{name}: {plural(documents, 'document')}, {plural(texts, 'text')}"
         for name, documents, texts in zip(found.views, found.documents, found.texts, strict=True)
     ]
     if found.identity == "tokens":
         lines.append("their data roots have no hashes of text: documents were compared by their tokens")
     if found.passed:
         return [*lines, "\u2705 no text is in both"]
-    return [*lines, *found.examples, f"\u274c {_plural(found.shared, 'text')} in both"]
+    return [*lines, *found.examples, f"\u274c {plural(found.shared, 'text')} in both"]
 
 
 def comparison_lines(found: Comparison) -> list[str]:
@@ -693,7 +687,7 @@ _MOST_FILES = 12
 def export_lines(found: ExportReport) -> list[str]:
     """Say what an export wrote, or would write."""
     tokens = ", ".join(
-        f"{split}: {_plural(number, 'token')} in {_plural(found.documents[split], 'document')}"
+        f"{split}: {plural(number, 'token')} in {plural(found.documents[split], 'document')}"
         for split, number in found.tokens.items()
     )
     shown = list(found.files.items())[:_MOST_FILES]
@@ -703,18 +697,18 @@ def export_lines(found: ExportReport) -> list[str]:
     lines += [f"note: {note}" for note in found.notes]
     if found.status == "planned":
         return [*lines, "nothing was written (--dry-run)"]
-    linked = f", {_plural(found.linked, 'hard link')}" if found.linked else ""
+    linked = f", {plural(found.linked, 'hard link')}" if found.linked else ""
     status = ": already complete" if found.status != "complete" else ""
     return [
         *lines,
         f"read by {found.reader.replace('OUT', found.out)}",
-        f"\u2705 {found.out}: {found.format}, {_plural(len(found.files), 'file')}{linked}{status}",
+        f"\u2705 {found.out}: {found.format}, {plural(len(found.files), 'file')}{linked}{status}",
     ]
 
 
 def import_lines(found: ImportReport) -> list[str]:
     """Say what an import made."""
-    what = f"{_shards(found.shards)}, {_plural(found.tokens, 'token')}, {_plural(found.documents, 'document')}"
+    what = f"{_shards(found.shards)}, {plural(found.tokens, 'token')}, {plural(found.documents, 'document')}"
     status = ": already complete" if found.status != "complete" else f", in {found.seconds:.1f} s"
     link = ["note: tokens.bin is a link to the file that was imported: do not change that file"] if found.linked else []
     return [*(f"note: {note}" for note in found.notes), *link, f"\u2705 {found.root}: {what}{status}"]

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from tokenmill import __version__
 from tokenmill.loading.order_quality import Measure
-from tokenmill.progress import count, duration
+from tokenmill.progress import count, duration, plural
 from tokenmill.reporting import charts
 from tokenmill.reporting.figures import Figures
 
@@ -112,10 +112,6 @@ def _subtitle(figures: Figures) -> str:
         corpus = dataset if isinstance(dataset, str) else ", ".join(dataset)
         return f"Tokens of {corpus} by {figures.info.tokenizer.name}"
     return "Tokens without a manifest"
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 class _Tile(NamedTuple):
@@ -263,11 +259,11 @@ def _documents(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         blocks.append(_table("Percentiles of their tokens", ["", *head], [[_t("tokens"), *values]]))
     if stats.repeated_texts is not None:
         same = stats.repeated_texts
-        text = f"{_plural(same.texts, 'text')} more than once, {_plural(same.documents, 'document')} that repeat one."
+        text = f"{plural(same.texts, 'text')} more than once, {plural(same.documents, 'document')} that repeat one."
         blocks.append(Block("text", text=f"Exact duplicates: {text}"))
     if stats.duplicates is not None:
         ids = stats.duplicates
-        text = f"{_plural(ids.ids, 'sample id')} more than once, {_plural(ids.samples, 'sample')} that repeat one."
+        text = f"{plural(ids.ids, 'sample id')} more than once, {plural(ids.samples, 'sample')} that repeat one."
         blocks.append(Block("text", text=f"Duplicate samples: {text}"))
     return Section("documents", "Documents", blocks)
 
@@ -289,7 +285,7 @@ def _tokens(figures: Figures, specs: dict[str, charts.Spec]) -> Section:
         blocks.append(Block("text", text="No control token stands in the text, besides those that surround documents."))
     if figures.info is not None and figures.info.ledger:
         special = sum(entry.special for entry in figures.info.ledger)
-        blocks.append(Block("text", text=f"{_plural(special, 'document')} with the string of a control token."))
+        blocks.append(Block("text", text=f"{plural(special, 'document')} with the string of a control token."))
     return Section("tokens", "Tokens", blocks)
 
 

@@ -6,8 +6,9 @@ What the records mean is specified in `docs/format.md`; everything is computed a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -71,39 +72,33 @@ def verify(
         DataRootError: nothing is recorded of the data root, or a record cannot be read.
         SourceError, TokenizerError: `deep` needs the corpus or the tokenizer, and cannot have it.
     """
-    if progress:
-        with also_shown(on_progress, wanted=True) as tell:
-            return verify(
-                root,
-                quick=quick,
-                deep=deep,
-                dataset=dataset,
-                tokenizer=tokenizer,
-                store=store,
-                workers=workers,
-                on_progress=tell,
-            )
-    started = time.monotonic()
-    view = load_view(Path(root)) if Path(root).is_dir() else None
-    if view is not None:
-        return _verify_view(
-            Path(root),
-            view,
-            lambda source: verify(
-                source,
-                quick=quick,
-                deep=deep,
-                dataset=dataset,
-                tokenizer=tokenizer,
-                store=store,
-                workers=workers,
-                on_progress=on_progress,
-            ),
-            quick=quick,
-        )
-    job = VerifyRun(Path(root), workers=workers or available_cores(), on_progress=on_progress)
+    with also_shown(on_progress, wanted=progress) as tell:
+        options = _Options(quick, deep, dataset, tokenizer, store, workers or available_cores(), tell)
+        return _verify(Path(root), options)
+
+
+class _Options(NamedTuple):
+    """The arguments of `verify`."""
+
+    quick: bool
+    deep: int | None
+    dataset: Sequence[str] | None
+    tokenizer: str | None
+    store: StoreOptions
+    workers: int
+    on_progress: OnBytes
+
+
+def _verify(root: Path, options: _Options) -> Verification:
+    view = load_view(root) if root.is_dir() else None
+    return _verify_root(root, options) if view is None else _verify_view(root, view, options)
+
+
+def _verify_root(root: Path, options: _Options) -> Verification:
+    started, deep = time.monotonic(), options.deep
+    job = VerifyRun(root, workers=options.workers, on_progress=options.on_progress)
     RecordChecks(job).check()
-    if not quick:
+    if not options.quick:
         TokenChecks(job).check()
         DocumentChecks(job).check()
     if deep and job.elsewhere:
@@ -123,7 +118,7 @@ def verify(
             next_step="verify it without --deep, and those data roots with it",
         )
     if deep and job.manifest is not None:
-        verify_deep(job, deep, dataset=dataset, tokenizer=tokenizer, store=store)
+        verify_deep(job, deep, dataset=options.dataset, tokenizer=options.tokenizer, store=options.store)
     elif deep:
         raise DataRootError(
             f"{root}: expected {layout.MANIFEST}, found none: its source is not known",
@@ -139,19 +134,17 @@ def verify(
     )
 
 
-def _verify_view(
-    folder: Path, record: ViewRecord, verify_root: Callable[[Path], Verification], *, quick: bool
-) -> Verification:
+def _verify_view(folder: Path, record: ViewRecord, options: _Options) -> Verification:
     """Verify a view, and each of its sources; what is wrong with one of these is told under its name."""
     started = time.monotonic()
-    checks = ViewChecks(folder, record, quick=quick)
+    checks = ViewChecks(folder, record, quick=options.quick)
     checks.check()
     nbytes = checks.nbytes
     elsewhere: dict[str, str] = {}
     for source in record.sources:
         if not (folder / source.root / layout.MANIFEST).is_file():
             continue  # told by the checks of the view
-        result = verify_root(folder / source.root)
+        result = _verify(folder / source.root, options)
         nbytes += result.nbytes
         checks.checked += [Checked(f"{source.name}: {each.what}", each.findings) for each in result.checked]
         checks.findings += [
