@@ -14,9 +14,9 @@ from tokenmill.loading.data_root import DataRoot
 from tokenmill.loading.view import open_view
 from tokenmill.publishing.domains import URL_COLUMN, Domains, count_domains
 from tokenmill.redact import escape_surrogates
+from tokenmill.remote.hub import SITE
 
 _MOST_DOMAINS = 1_000
-HUB = "https://huggingface.co"
 
 
 class Lineage(NamedTuple):
@@ -52,7 +52,7 @@ class Facts(NamedTuple):
         """Where the tokenizer is, if it is on the hub."""
         if self.tokenizer.revision is None:
             return None
-        return f"{HUB}/{self.tokenizer.name}/tree/{self.tokenizer.revision}"
+        return f"{SITE}/{self.tokenizer.name}/tree/{self.tokenizer.revision}"
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +153,7 @@ def _source(entry: str, revision: str | None) -> Lineage:
         match = re.match(r"(?:datasets/)?([\w.-]+/[\w.-]+)", rest if mark else entry)
         name = match[1] if match else entry
         at = revision or "main"
-        return Lineage(f"data set {name} of the Hugging Face hub at {at}", f"{HUB}/datasets/{name}/tree/{at}")
+        return Lineage(f"data set {name} of the Hugging Face hub at {at}", f"{SITE}/datasets/{name}/tree/{at}")
     if scheme in ("http", "https"):
         return Lineage(entry, entry)
     return Lineage(entry.partition("?")[0] if mark else short_name(entry), None)

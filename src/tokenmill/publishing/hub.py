@@ -12,7 +12,7 @@ from tokenmill.dataroot import layout
 from tokenmill.errors import StorageError
 from tokenmill.publishing.card import README, write_card
 from tokenmill.publishing.croissant import CROISSANT
-from tokenmill.publishing.facts import HUB, find_facts
+from tokenmill.publishing.facts import find_facts
 from tokenmill.publishing.preview import PREVIEW
 from tokenmill.remote import hub
 from tokenmill.remote.retry import Retrier
@@ -69,7 +69,7 @@ def upload_to_hub(
         StorageError: the hub cannot be reached, refuses, or has other bytes than were sent.
     """
     root, name = Path(root), repository_of(target)
-    url = f"{HUB}/datasets/{name}"
+    url = f"{hub.SITE}/datasets/{name}"
     facts = find_facts(root, name=name.partition("/")[2], license=license, url=url)
     sizes = {path: nbytes for path, (nbytes, _) in facts.files.items()}
     has_card = (root / README).exists()

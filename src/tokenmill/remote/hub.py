@@ -31,6 +31,9 @@ from tokenmill.remote.retry import (
 
 T = TypeVar("T")
 
+SITE = "https://huggingface.co"
+"""Where people look at what the hub has."""
+
 
 class Fetched(NamedTuple):
     """A file of a repository."""

@@ -27,6 +27,7 @@ from tokenmill.loading.view import PADDING_PLACE, OpenView, open_root
 from tokenmill.options import OnBytes
 from tokenmill.progress import TOKENIZING, ProgressRow, logged_rows
 from tokenmill.redact import escape_surrogates
+from tokenmill.remote.hub import SITE
 
 SAMPLES = 100
 """Random samples that a reader can look into."""
@@ -41,7 +42,6 @@ _RUN_ROWS = 600
 _VALUES_NBYTES = 300_000
 """Size of the metadata values that the page holds; of more it has those with the most tokens."""
 _FOLDERS_UP = 8
-_HUB = "https://huggingface.co"
 
 
 class Flow(msgspec.Struct):
@@ -395,7 +395,7 @@ def source_link(manifest: Manifest, path: str) -> str | None:
                 return entry
         elif scheme == "hf" or not mark:
             name = "/".join((rest if mark else entry).removeprefix("datasets/").split("/")[:2]).partition("@")[0]
-            return f"{_HUB}/datasets/{name}/blob/{manifest.source_revision or 'main'}/{quoted}"
+            return f"{SITE}/datasets/{name}/blob/{manifest.source_revision or 'main'}/{quoted}"
     return None
 
 
