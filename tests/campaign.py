@@ -48,6 +48,9 @@ from tokenmill.corpus.corpus import find_corpus
 from tokenmill.dataroot import layout, manifest, npy
 from tokenmill.dataroot.atomic import translate_read_errors
 from tokenmill.errors import TokenmillError
+from tokenmill.interchange.export import export
+from tokenmill.interchange.importing import import_data
+from tokenmill.interchange.output import load_export
 from tokenmill.options import StoreOptions
 from tokenmill.pipeline.pretokenize import pretokenize
 from tokenmill.recipe import Recipe
@@ -57,9 +60,12 @@ from tokenmill.transfer import download as downloads
 from tokenmill.transfer import upload as uploads
 from tokenmill.transfer.stores import OURS, FolderStore, StoredFile
 from tokenmill.verification.verify import verify
+from tokenmill.views.build import build_view
+from tokenmill.views.spec import ViewSource, ViewSpec
+from tokenmill.views.write import write_view
 
 Random = random.Random
-DATA = (".npy", ".parquet", ".bin")
+DATA = (".npy", ".parquet", ".bin", ".idx")
 """Endings of the files whose bytes the recipe defines."""
 REFUSALS = frozenset({0, 1, 2, 3, 4, 5, 6, 7, 8})
 """Exit codes that are no bug of ours (70) and no signal."""
@@ -80,6 +86,8 @@ class Job(NamedTuple):
     """The same from Python."""
     expected: dict[str, str]
     """Digests of the files that it leaves."""
+    makes_export: bool = False
+    """Whether that is the directory of an export, and no data root."""
 
 
 class Field:
@@ -101,6 +109,17 @@ class Field:
         consolidate(self.roots["consumed"], consume=True)
         pretokenize(self.recipe, self.roots["straight"], on_bad_rows="skip", consolidated=True)
         pretokenize(first_shard(self.recipe), self.roots["first"], on_bad_rows="skip")
+        build_view(
+            ViewSpec(sources=[ViewSource(name="a", root=str(self.roots["both"]))], seed=3, seq_len=64), folder / "view"
+        )
+        self.roots |= {name: roots / name for name in ("written", "exported", "linked", "imported")}
+        write_view(folder / "view", self.roots["written"])
+        export(folder / "view", self.roots["exported"], "megatron")
+        incoming: dict[str, Any] = {"shard_size": 2_000, "seq_len": 64}
+        import_data(self.roots["exported"], self.roots["linked"], "megatron", **incoming)
+        import_data(self.roots["exported"], self.roots["imported"], "megatron", **incoming, copy=True)
+        importing: list[object] = ["--from", "megatron", "--shard-size", 2_000, "--seq-len", 64, "--quiet"]
+        exported = self.roots.pop("exported")  # no data root
         flags: list[object] = ["--dataset", self.corpus, "--tokenizer", TOKENIZER, "--buffer-size", 50, "--seed", 5]
         flags += ["--shard-size", 2_000, "--seq-len", 64, "--on-bad-rows", "skip", "--quiet"]
 
@@ -138,6 +157,31 @@ class Field:
                 None,
                 lambda root: ["download", self.roots["both"], root, "--quiet"],
                 lambda root: downloads.download(str(self.roots["both"]), root),
+            ),
+            "view write": job(
+                "written",
+                None,
+                lambda root: ["view", "write", folder / "view", root, "--quiet"],
+                lambda root: write_view(folder / "view", root),
+            ),
+            "import": job(
+                "linked",
+                None,
+                lambda root: ["import", exported, root, *importing],
+                lambda root: import_data(exported, root, "megatron", **incoming),
+            ),
+            "import --copy": job(
+                "imported",
+                None,
+                lambda root: ["import", exported, root, *importing, "--copy"],
+                lambda root: import_data(exported, root, "megatron", **incoming, copy=True),
+            ),
+            "export": Job(
+                None,
+                lambda root: ["export", folder / "view", root, "--to", "megatron", "--quiet"],
+                lambda root: export(folder / "view", root, "megatron"),
+                digests(exported),
+                makes_export=True,
             ),
         }
         self._records: dict[str, list[Event]] = {}
@@ -216,6 +260,11 @@ def check_whole(root: Path, job: Job) -> None:
     """The job is done, and what it made is what an undisturbed run makes."""
     assert digests(root) == job.expected
     assert not [path.name for path in root.iterdir() if path.name.endswith(".partial")]
+    if job.makes_export:
+        record = load_export(root)
+        assert record is not None
+        assert record.complete
+        return
     result = verify(root)
     assert result.passed, result.findings
 
@@ -258,7 +307,8 @@ def entries(root: Path) -> list[str]:
 
 
 class Event(NamedTuple):
-    """Something done: c created, w written, t truncated, a allocated, s synced, r renamed, u removed, m folder made."""
+    """Something done: c created, w written, t truncated, a allocated, s synced, r renamed, u removed, m folder made,
+    l linked to a file elsewhere."""
 
     kind: str
     path: str
@@ -341,11 +391,14 @@ class Disk:
         elif event.kind == "s" and not event.path:
             self._durable, self._pending = dict(self._names), []
         elif event.kind == "s":
-            self._names[event.path].sync()
+            if event.path in self._names:  # else a folder in it, whose files are made anew
+                self._names[event.path].sync()
         elif event.kind in ("w", "t", "a"):
             self._names[event.path].pending.append(event)
         else:
-            inode = Inode() if event.kind == "c" else self._names[event.path]
+            inode = Inode() if event.kind in ("c", "l") else self._names[event.path]
+            if event.kind == "l":
+                inode.durable = Path("/", event.path).read_bytes()
             self._pending.append((event, inode))
             rename(self._names, event, inode)
 
@@ -363,6 +416,7 @@ class Disk:
                 rename(names, event, inode)
         root.mkdir()
         for name, inode in names.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(inode.survived(rng))
 
 
@@ -370,6 +424,8 @@ def rename(names: dict[str, Inode], event: Event, inode: Inode) -> None:
     """Do to the names of a folder what was done to them."""
     if event.kind == "c":
         names[event.path] = inode
+    elif event.kind == "l":
+        names[event.other] = inode
     else:
         names.pop(event.path, None)
         if event.kind == "r":

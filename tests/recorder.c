@@ -163,6 +163,28 @@ int rename(const char *from, const char *to) {
     return result;
 }
 
+static int linked(int result, const char *from, const char *to) {
+    char a[PATH_MAX], b[PATH_MAX];
+    resolved(from, a);
+    resolved(to, b);
+    if (result == 0 && is_below(b))
+        record('l', a, b, 0, NULL, 0, 0);
+    pthread_mutex_unlock(&order);
+    return result;
+}
+
+int link(const char *from, const char *to) {
+    ORIGINAL(int, "link", const char *, const char *)
+    pthread_mutex_lock(&order);
+    return linked(original(from, to), from, to);
+}
+
+int linkat(int from_folder, const char *from, int to_folder, const char *to, int flags) {
+    ORIGINAL(int, "linkat", int, const char *, int, const char *, int)
+    pthread_mutex_lock(&order);
+    return linked(original(from_folder, from, to_folder, to, flags), from, to);
+}
+
 #define NAMED(name, kind, parameters, arguments)                                                                       \
     int name parameters {                                                                                              \
         static int(*original) parameters;                                                                              \

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -194,6 +195,20 @@ def test_a_file_that_is_all_tokens_is_linked(root: Path, tmp_path: Path) -> None
     # Of a file that changed since, the data set is wrong, and says so.
     source.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     assert not verify(linked).passed
+
+
+def test_a_link_that_a_killed_run_left_is_not_there_twice(root: Path, tmp_path: Path) -> None:
+    """The system renames nothing where both names are those of one file."""
+    export(root, tmp_path / "out", "megatron")
+    linked = tmp_path / "in"
+    import_data(tmp_path / "out", linked, "megatron", seq_len=16)
+    whole = manifests.load_consolidated(linked)
+    (linked / "tokens.bin").rename(linked / "tokens.bin.partial")
+    manifests.save_consolidated(linked, msgspec.structs.replace(whole, complete=False))
+    assert import_data(tmp_path / "out", linked, "megatron", seq_len=16).status == "complete"
+    assert not (linked / "tokens.bin.partial").exists()
+    assert (linked / "tokens.bin").samefile(tmp_path / "out" / "train.bin")
+    assert verify(linked).passed
 
 
 def test_documents_without_an_end_are_given_one(tmp_path: Path) -> None:

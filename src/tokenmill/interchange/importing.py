@@ -219,8 +219,9 @@ def _make_missing(
         scheme = choose_scheme(manifest.recipe, tokens=None, seq_len=seq_len)
         record = Consolidated(dtype=manifest.stored_dtype, seq_len=seq_len, id_scheme=scheme)
         manifests.save_consolidated(root, record)
+        # Not beside a link that a killed run left: to rename one name of a file to another of it does nothing.
+        atomic.remove(root, layout.TOKENS, layout.TOKENS + layout.PARTIAL_SUFFIX)
         with atomic.translate_write_errors(root / layout.TOKENS):
-            (root / layout.TOKENS).unlink(missing_ok=True)
             os.link(linked, root / layout.TOKENS)
     _Importer(root, manifest, incoming, linked, tell, append_eos=append_eos).run()
     balance(root, manifest)
