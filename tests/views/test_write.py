@@ -133,6 +133,16 @@ def test_what_is_written_is_a_data_root_like_any_other(roots: list[Path], tmp_pa
         assert result.returncode == 0, result.stderr
 
 
+def test_quiet_commands_print_nothing(roots: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "view.toml").write_text(f'[[sources]]\nname = "a"\nroot = "{roots[0]}"\n')
+    for line in (
+        ["build", tmp_path / "view.toml", tmp_path / "view"],
+        ["write", tmp_path / "view", tmp_path / "out"],
+    ):
+        result = run_cli("view", *line, "--quiet")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_refusals(roots: list[Path], tmp_path: Path) -> None:
     view = built(roots, tmp_path)
     with pytest.raises(errors.DataRootError, match="expected a view, found none"):

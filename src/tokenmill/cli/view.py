@@ -33,12 +33,12 @@ def view() -> None:
 
 
 _spec_argument = click.argument("spec", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.toml")
-_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing unless the command fails.")
 
 
 @view.command(short_help="Say what a view would be.")
 @_spec_argument
-@_quiet_option
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @json_option
 def plan(spec: Path, *, quiet: bool, as_json: bool) -> None:
     """Say what the view that FILE.toml describes would be, and store nothing.
@@ -87,7 +87,8 @@ def build(spec: Path, folder: Path, *, quiet: bool, as_json: bool) -> None:
         built, was_there = build_view(load_spec(spec), folder, on_progress=on_progress)
     last = f"{folder}: was built already" if was_there else f"\u2705 {folder}: built"
     lines = [*wording.view_lines(built.record, built.duplicates), last]
-    print_result(built.record, lines, as_json=as_json)
+    if as_json or not quiet:
+        print_result(built.record, lines, as_json=as_json)
 
 
 @view.command(short_help="Make a data set of its own of a view.")
@@ -135,7 +136,8 @@ def write(
             engine=cluster,
             on_progress=on_progress,
         )
-    print_result(found, wording.written_lines(found), as_json=as_json)
+    if as_json or not quiet:
+        print_result(found, wording.written_lines(found), as_json=as_json)
 
 
 @view.command("prove-disjoint", short_help="Prove that two views share no document.")
