@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -261,7 +262,8 @@ with socket.socket(socket.AF_UNIX) as asked:
 @contextlib.contextmanager
 def command_in(folder: Path) -> Iterator[None]:
     """A program `tokenmill` in `folder`, for shells whose PATH begins with it; its work is done by a forked process."""
-    path = str(folder / "asked")
+    elsewhere = tempfile.TemporaryDirectory()  # a socket's path has at most about 100 characters
+    path = str(Path(elsewhere.name, "asked"))
     shim = folder / "tokenmill"
     shim.write_text(_SHIM.format(python=sys.executable, path=path))
     shim.chmod(0o755)
@@ -285,7 +287,7 @@ def command_in(folder: Path) -> Iterator[None]:
             while True:
                 threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
 
-    with socket.socket(socket.AF_UNIX) as listener:
+    with elsewhere, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         serving = threading.Thread(target=serve_all, daemon=True)
