@@ -34,6 +34,7 @@ IN_MEMORY_NBYTES = 8 << 30
 if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free >= IN_MEMORY_NBYTES:
     # Thousands of small files, each made durable: a disk would take a fifth of the time of all tests.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+    os.environ.setdefault("TMPDIR", str(IN_MEMORY))
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"

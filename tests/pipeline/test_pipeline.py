@@ -262,16 +262,26 @@ def test_resume_encodes_only_the_window(tmp_path: Path, recipe: Recipe, monkeypa
     assert every_digest(tmp_path / "out") == every_digest(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many-shards")
+    texts = [None if i % 9 == 0 else f"document number {i} " * (i % 13) for i in range(400)]
+    write_parquet(folder / "corpus" / "a.parquet", texts)
+    recipe = Recipe(dataset=str(folder / "corpus"), tokenizer=str(TOKENIZER), buffer_size=20, shard_size=800)
+    pretokenize(recipe, folder / "out")
+    return folder / "out"
+
+
 @settings(max_examples=40)
-@given(st.sets(st.integers(0, 19), min_size=1), st.sampled_from(["deleted", "torn", "foreign", "no sidecar"]))
-def test_damaged_shards_are_made_again(damaged: set[int], how: str) -> None:
+@given(
+    damaged=st.sets(st.integers(0, 19), min_size=1), how=st.sampled_from(["deleted", "torn", "foreign", "no sidecar"])
+)
+def test_damaged_shards_are_made_again(many_shards: Path, damaged: set[int], how: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder)
-        texts = [None if i % 9 == 0 else f"document number {i} " * (i % 13) for i in range(400)]
-        write_parquet(path / "corpus" / "a.parquet", texts)
-        recipe = Recipe(dataset=str(path / "corpus"), tokenizer=str(TOKENIZER), buffer_size=20, shard_size=800)
-        pretokenize(recipe, path / "out")
+        shutil.copytree(many_shards, path / "out")
         whole, before = every_digest(path / "out"), manifest.load(path / "out")
+        recipe = before.recipe
         hit = {index for index in damaged if index < len(before.shards)} or {0}
         for index in hit:
             shard = path / "out" / layout.shard_name(index)
