@@ -100,8 +100,8 @@ def import_(source: Path, data_root: Path, *, kind: str, quiet: bool, as_json: b
 
     Documents keep their bounds; where the format has none they are taken to end where their end token is, which is a
     guess. Afterwards verify, views, consolidate, TokenDataset, export and upload work on it. Where the format keeps all
-    tokens in one file and nothing else in it, tokens.bin becomes a hard link to that file; otherwise tokens are copied
-    into shards. After a crash, a kill or Ctrl-C, run the same command again.
+    tokens in one file and nothing else in it, tokens.bin becomes a hard link to that file, if both are on one disk;
+    otherwise tokens are copied into shards. After a crash, a kill or Ctrl-C, run the same command again.
 
     \b
     Examples:

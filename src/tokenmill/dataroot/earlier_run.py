@@ -41,7 +41,7 @@ def set_damaged_aside(
     records, manifest.shards, manifest.tokens, manifest.documents = manifest.shards, [], 0, 0
     for record in records:
         itemsize = npy.token_dtype(manifest.recipe.dtype).itemsize
-        name = _damaged_sidecar(root, record) if sidecars_alone else _damaged_file(root, record, itemsize, was_sent)
+        name = damaged_sidecar(root, record) if sidecars_alone else _damaged_file(root, record, itemsize, was_sent)
         if name is None:
             manifest.add(record)
         else:
@@ -65,10 +65,11 @@ def _damaged_file(root: Path, record: ShardRecord, itemsize: int, was_sent: Call
         if sha256_of(root / shard) != record.sha256:
             return shard
         record.mtime_ns = stat.st_mtime_ns
-    return _damaged_sidecar(root, record)
+    return damaged_sidecar(root, record)
 
 
-def _damaged_sidecar(root: Path, record: ShardRecord) -> str | None:
+def damaged_sidecar(root: Path, record: ShardRecord) -> str | None:
+    """Return the documents sidecar of a shard if it is missing, or not what the manifest records."""
     documents = layout.documents_name(record.index)
     is_whole = (root / documents).is_file() and sha256_of(root / documents) == record.documents_sha256
     return None if is_whole else documents

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenmill.corpus.corpus import Corpus
 from tokenmill.dataroot import layout, npy
-from tokenmill.dataroot.earlier_run import sha256_of
+from tokenmill.dataroot.earlier_run import damaged_sidecar
 from tokenmill.dataroot.manifest import Consolidated, Manifest, ShardRecord, load_consolidated
 from tokenmill.dataroot.proof import is_whole
 from tokenmill.dataroot.tokens_file import TokensFile
@@ -142,8 +142,7 @@ def consumed(root: Path) -> Consolidated | None:
 
 def damaged_sidecars(root: Path, manifest: Manifest) -> list[str]:
     """Return documents sidecars that are missing, or not what the manifest records."""
-    names = {layout.documents_name(record.index): record.documents_sha256 for record in manifest.shards}
-    return [name for name, sha256 in names.items() if not (root / name).is_file() or sha256_of(root / name) != sha256]
+    return [name for record in manifest.shards if (name := damaged_sidecar(root, record)) is not None]
 
 
 def refuse_lost_sidecars(root: Path, manifest: Manifest) -> None:
@@ -171,13 +170,11 @@ def set_lost_aside(root: Path, manifest: Manifest, file: TokensFile, *, with_gap
         begin = record.index * manifest.recipe.shard_size * manifest.itemsize
         nbytes = record.tokens * manifest.itemsize
         header = npy.npy_header(npy.token_dtype(manifest.recipe.dtype), record.tokens)
-        documents = root / layout.documents_name(record.index)
         if (
             (begin != file.nbytes and not with_gaps)
             or file.stored_nbytes < begin + nbytes
             or file.digest(header, nbytes, at=begin) != record.sha256
-            or not documents.is_file()
-            or sha256_of(documents) != record.documents_sha256
+            or damaged_sidecar(root, record) is not None
         ):
             lost.append(record)
             continue
