@@ -6,6 +6,7 @@ In: a built-in name or a TOML file, and overrides. Out: a frozen `Recipe`. What 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import tomllib
@@ -195,13 +196,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _settings(self) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        defaults = {field.name: field.default for field in msgspec.structs.fields(self)}
+        defaults = _defaults(type(self))
         return {
             name: value
             for name, value in fields.items()
             if name in _FIRST_SETTINGS
             or (name not in ("dataset", "tokenizer") and getattr(self, name) != defaults[name])
         }
+
+
+@functools.cache
+def _defaults(kind: type[Recipe]) -> dict[str, Any]:
+    return {field.name: field.default for field in msgspec.structs.fields(kind)}
 
 
 def builtin_recipes() -> list[str]:

@@ -8,6 +8,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,20 @@ def test_what_is_trusted_is_equal(both: tuple[Encoder, Encoder], texts: list[str
     fast, reference = both
     assert fast.backend.name == "gigatoken"
     assert ids(fast, texts) == ids(reference, texts)
+
+
+def test_a_batch_gives_what_one_text_after_the_other_does(both: tuple[Encoder, Encoder]) -> None:
+    """Few texts are encoded one by one, many in a batch, and threads that do both have the same ids."""
+    fast, reference = both
+    rng = random.Random(5)
+    texts = ["".join(rng.choices(ODD, k=rng.randrange(8))) for _ in range(encode_gigatoken.FEW_TEXTS + 200)]
+    wanted = ids(reference, texts)
+    few = [texts[at : at + 150] for at in range(0, len(texts), 150)]
+    with ThreadPoolExecutor(4) as pool:
+        batches = [pool.submit(ids, fast, texts) for _ in range(3)]
+        parts = list(pool.map(functools.partial(ids, fast), few))
+    assert [token for part in parts for token in part] == wanted
+    assert all(batch.result() == wanted for batch in batches)
 
 
 def test_every_character_of_some_blocks_is_equal(both: tuple[Encoder, Encoder]) -> None:

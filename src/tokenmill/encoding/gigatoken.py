@@ -22,7 +22,7 @@ import gigatoken
 import msgspec
 import numpy as np
 import pyarrow as pa
-from gigatoken.gigatoken_rs import BPETokenizer, SentencePieceTokenizer
+from gigatoken.gigatoken_rs import BPETokenizer
 from numpy.typing import NDArray
 
 from tokenmill.encoding.long_documents import Cut
@@ -33,8 +33,13 @@ if TYPE_CHECKING:
     import awkward as ak
 
 CACHE_TEXT_NBYTES = 1 << 30
-"""Text after which a byte-level tokenizer is loaded anew: gigatoken 0.10 keeps every distinct word
-it met, for ever. (SentencePiece-style caches live for one call and need no bound.)"""
+"""Text after which a tokenizer is loaded anew where gigatoken 0.10 keeps every distinct word it met, for ever: those of
+byte level do, and all of them in calls for one text. (SentencePiece-style caches of a batch live for one call.)"""
+
+FEW_NBYTES = 1 << 16
+FEW_TEXTS = 1_000
+"""Texts up to that size, and as many, are encoded one by one: a batch costs 3 ms more, however small it is. A call for
+one text holds the GIL, and no other thread may use the tokenizer meanwhile."""
 
 
 class GigatokenBackend:
@@ -65,6 +70,8 @@ class GigatokenBackend:
         self.cut = _cut_of(fields, tokenizer.added_tokens)
         self._cache_grows = isinstance(self._backend, BPETokenizer)
         self._cached_nbytes = 0
+        self._batches = 0
+        """Under way in other threads."""
         self._lock = threading.Lock()
 
     def encode(self, texts: pa.LargeStringArray) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -72,17 +79,33 @@ class GigatokenBackend:
 
         `texts` has no nulls and is valid UTF-8; its buffers are read in place.
         """
-        backend = self._bounded_backend(texts.nbytes) if self._cache_grows else self._backend
-        layout = backend.encode_batch(_as_awkward(texts), parallel=False).layout
+        are_few = texts.nbytes <= FEW_NBYTES and len(texts) <= FEW_TEXTS
+        with self._lock:
+            one_by_one = are_few and not self._batches
+            if one_by_one or self._cache_grows:
+                self._bound_cache(texts.nbytes)
+            if one_by_one:
+                return _joined([self._backend.encode(text) for text in texts.to_pylist()])
+            self._batches += 1
+            backend = self._backend
+        try:
+            layout = backend.encode_batch(_as_awkward(texts), parallel=False).layout
+        finally:
+            with self._lock:
+                self._batches -= 1
         return np.asarray(layout.content.data), np.asarray(layout.offsets.data)
 
-    def _bounded_backend(self, nbytes: int) -> BPETokenizer | SentencePieceTokenizer:
-        with self._lock:
-            self._cached_nbytes += nbytes
-            if self._cached_nbytes > CACHE_TEXT_NBYTES:
-                self._backend = gigatoken.Tokenizer.from_json(self._json).backend
-                self._cached_nbytes = 0
-            return self._backend
+    def _bound_cache(self, nbytes: int) -> None:
+        self._cached_nbytes += nbytes
+        if self._cached_nbytes > CACHE_TEXT_NBYTES:
+            self._backend = gigatoken.Tokenizer.from_json(self._json).backend
+            self._cached_nbytes = 0
+
+
+def _joined(pieces: list[NDArray[np.uint32]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    offsets = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+    return np.concatenate([np.empty(0, np.uint32), *pieces]), offsets
 
 
 def _cut_of(fields: dict[str, Any], added: Sequence[AddedToken]) -> Cut | None:

@@ -1,12 +1,13 @@
 """Tokenizer: a name → the bytes of its `tokenizer.json` and its end-of-sequence token.
 
-A tokenizer is that file as it is. Nothing here encodes; the backends do (`encode_gigatoken.py`,
-`encode_hf.py`), and both are built from the same bytes. What the file says is checked here before any of it
+A tokenizer is that file as it is. Nothing here encodes; the backends do (`gigatoken.py`, `hf.py`), and both are built
+from the same bytes. What the file says is checked here before any of it
 reaches native code, which may abort the process over it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ import msgspec
 from tokenmill.encoding.framing import Fim
 from tokenmill.errors import TokenizerError
 from tokenmill.recipe import Recipe
+
+_KEPT = 2
+"""Tokenizers that stay read: of a run there is one."""
 
 MAX_IDS = 1 << 24
 """Ids must be below this: libraries allocate a table up to the largest one."""
@@ -57,7 +61,7 @@ class TokenizerFile(NamedTuple):
     """SHA-256 of the file as it was found."""
     eos_token: str
     eos_id: int
-    """As the file has it, until `encode_hf.HFBackend.resolved` says what the library makes of it; likewise below."""
+    """As the file has it, until `hf.HFBackend.resolved` says what the library makes of it; likewise below."""
     vocab_size: int
     """One more than the largest id, added tokens included."""
     added_tokens: tuple[AddedToken, ...]
@@ -168,12 +172,20 @@ def _read(name: str, path: Path, eos_token: str | None, revision: str | None, *,
             f"tokenizer {name}: cannot read {path}: {error.strerror}",
             next_step="give a directory that holds tokenizer.json (a SentencePiece .model must be converted first)",
         ) from None
+    eos = eos_token or _configured(name, path.parent, "eos_token")
+    return _tokenizer_of(data, name, path, eos, revision, needs_eos=needs_eos)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _tokenizer_of(
+    data: bytes, name: str, path: Path, eos: str | None, revision: str | None, *, needs_eos: bool
+) -> TokenizerFile:
+    """Return what the content of a `tokenizer.json` says."""
     fields = _parse(name, path, data)
     added = _added_tokens(name, path, fields)
     ids = _vocabulary(name, path, fields) | {token.content: token.id for token in added}
     if not ids:
         raise TokenizerError(f"tokenizer {name}: {path} has an empty vocabulary", next_step=_GIVE_HF)
-    eos = eos_token or _configured(name, path.parent, "eos_token")
     if eos is None and not needs_eos:
         eos = next(iter(ids))
     if eos is None:
