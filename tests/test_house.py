@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,21 @@ def test_the_way_of_a_document_is_told_by_names_that_exist() -> None:
     told = re.findall(r"`([A-Za-z_.]+)`", text.partition("\n## ")[0])
     assert len(told) > 15
     assert set(told) - {"tokens.bin"} <= defined_names()
+
+
+def test_docstrings_name_modules_that_exist() -> None:
+    """As `module.py`, or as `module.Name` with a class or a constant of it."""
+    texts: dict[str, str] = defaultdict(str)
+    for path in PACKAGE.rglob("*.py"):
+        texts[path.stem] += path.read_text("utf-8")
+    others = {"item_loader", "tokenmill"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for module, name in re.findall(r"`([a-z_]+)\.(py|[A-Z]\w+)[`.]", path.read_text("utf-8")):
+            if module not in others:
+                assert module in texts, f"{path}: {module}.{name}"
+                assert name == "py" or re.search(rf"^(class )?{name}\b", texts[module], re.M), (
+                    f"{path}: {module}.{name}"
+                )
 
 
 def test_contributing_names_every_package_and_the_layers() -> None:

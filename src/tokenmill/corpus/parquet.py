@@ -56,7 +56,7 @@ _UNREADABLE = (pa.ArrowException, OSError, ValueError, NotImplementedError, Over
 
 
 class ParquetFile:
-    """One parquet file: its rows, its spans, and their text (a `spans.SpanReader`).
+    """One parquet file: its rows, its spans, and their text (a `reader.SpanReader`).
 
     Args:
         name: of the file, for messages.

@@ -50,7 +50,7 @@ C = TypeVar("C")
 
 
 class StreamedFile(ABC, Generic[C]):
-    """What the formats share (a `spans.SpanReader`): `C` is what a span is until it is parsed."""
+    """What the formats share (a `reader.SpanReader`): `C` is what a span is until it is parsed."""
 
     def __init__(self, name: str, opener: Opener, nbytes: int, span_rows: int | None, *, limit: int) -> None:
         self.name = name

@@ -38,7 +38,7 @@ class S3Object(NamedTuple):
     key: str
     nbytes: int
     etag: str
-    """In canonical form (`etags.canonical`)."""
+    """In canonical form (`etag.canonical`)."""
 
 
 class UploadedPart(NamedTuple):

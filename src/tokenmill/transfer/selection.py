@@ -1,6 +1,6 @@
 """Transfer: which files of a data set travel, what proves them, and what is remembered of it.
 
-Pure. `downloads.py` and `uploads.py` move the bytes.
+Pure. `download.py` and `upload.py` move the bytes.
 """
 
 from __future__ import annotations
