@@ -150,9 +150,13 @@ def command(*arguments: object, script: Path | None = None) -> list[str]:
     return [*start, *map(str, arguments)]
 
 
-def run_cli(*arguments: object, script: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
+def run_cli(
+    *arguments: object, script: Path | None = None, from_scratch: bool = False, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; `from_scratch` forks it from no process that has loaded everything."""
     environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    if from_scratch:
+        environment["PYTHONNOUSERSITE"] = "1"  # read when Python starts (`support.forkserver`)
     return subprocess.run(
         command(*arguments, script=script),
         capture_output=True,

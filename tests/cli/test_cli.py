@@ -271,7 +271,7 @@ def test_original_command_line(tmp_path: Path, corpus: Path) -> None:
     """Its flags, over a corpus at hand; the result is the recipe with those fields changed."""
     arguments = ["--dataset", corpus, "--tokenizer", TOKENIZER, "--shard_size", 2000, "--total_tokens", 5000]
     more = ["--seed", 7, "--buffer_size", 30, "--num_proc", -1, "--chunk_size", 9]
-    result = run_cli("--output_dir", tmp_path / "out", *arguments, *more, script=SCRIPT)
+    result = run_cli("--output_dir", tmp_path / "out", *arguments, *more, script=SCRIPT, from_scratch=True)
     assert result.returncode == 0, result.stderr
     made = manifest.load(tmp_path / "out")
     assert (made.tokens, made.recipe.seed, made.recipe.buffer_size, made.recipe.dtype) == (5000, 7, 30, "uint16")

@@ -30,7 +30,7 @@ def test_the_local_flow_on_the_demo_corpus(tmp_path: Path, demo_corpus: Path) ->
     """single_testing_shard.py, then 02_consolidate_shards.py --seq_len 2048 --skip-validation, then a look."""
     root = tmp_path / "test_shard"
     shard = ["--dataset", demo_corpus, "--tokenizer", TOKENIZER, "--shard_size", 300_000, "--buffer_size", 100]
-    made = run_cli("--output_dir", root, *shard, script=SCRIPTS / "single_testing_shard.py")
+    made = run_cli("--output_dir", root, *shard, script=SCRIPTS / "single_testing_shard.py", from_scratch=True)
     assert made.returncode == 0, made.stderr
     tokens = np.load(root / "train_000000.npy")
     assert (tokens.dtype, len(tokens)) == (np.uint16, 300_000)
@@ -43,9 +43,8 @@ def test_the_local_flow_on_the_demo_corpus(tmp_path: Path, demo_corpus: Path) ->
         f"Mean token ID: {tokens.mean():.1f}",
     ):
         assert line in made.stdout
-    joined = run_cli(
-        "--data_root", root, "--seq_len", 2048, "--skip-validation", script=SCRIPTS / "02_consolidate_shards.py"
-    )
+    length = ["--seq_len", 2048, "--skip-validation"]
+    joined = run_cli("--data_root", root, *length, script=SCRIPTS / "02_consolidate_shards.py", from_scratch=True)
     assert joined.returncode == 0, joined.stderr
     assert (root / "tokens.bin").read_bytes() == tokens.tobytes()
     assert (root / "sample_ids.bin").stat().st_size == 300_000 // 2048 * 8

@@ -272,7 +272,7 @@ import numpy as np
 from tokenmill import TokenDataset
 from tokenmill.loading import data_root
 data_root.RESIDENT_NBYTES = 1 << 28
-dataset = TokenDataset(sys.argv[1], seq_len=2048, dtype="uint16")
+dataset = TokenDataset(sys.argv[1], seq_len=16_384, dtype="uint16")
 kind, n, total = sys.argv[2], len(dataset), 0
 if kind == "samples":
     for i in range(n):
@@ -290,8 +290,8 @@ assert total == 0
 @pytest.mark.parametrize("kind", ["samples", "batches"])
 def test_memory_is_bounded_on_a_walk(tmp_path: Path, kind: str) -> None:
     """A sparse file of 1.1 GB, four times what may be resident: its pages are the system's, not this process's."""
-    samples = 1 << 18
-    for name, nbytes in (("tokens.bin", samples * 4096), ("sample_ids.bin", samples * 8)):
+    samples = 1 << 15
+    for name, nbytes in (("tokens.bin", samples * 32_768), ("sample_ids.bin", samples * 8)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(nbytes)
     arguments = [sys.executable, "-c", WALK, str(tmp_path), kind]

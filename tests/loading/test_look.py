@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tempfile
@@ -57,6 +58,16 @@ def made(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> Made:
     return Made(tmp_path / "out", recipe, request.param)
 
 
+@pytest.fixture
+def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of questions about one data root open it once, and its tokenizer."""
+    open_root, open_backend = functools.cache(provenance.open_root), provenance.open_backend
+    monkeypatch.setattr(provenance, "open_root", open_root)
+    opened = functools.cache(lambda root: open_backend(open_root(root)))
+    monkeypatch.setattr(provenance, "open_backend", lambda found: opened(found.root))
+
+
+@pytest.mark.usefixtures("opened_once")
 def test_where_every_sample_comes_from(made: Made) -> None:
     owner = [(name, row, at) for name, row, tokens in made.documents for at in range(len(tokens))]
     for sample in range(made.samples):
@@ -72,6 +83,7 @@ def test_where_every_sample_comes_from(made: Made) -> None:
         assert (place.sample_id is None) is (made.form == "shards")
 
 
+@pytest.mark.usefixtures("opened_once")
 def test_where_a_token_and_where_a_row(made: Made) -> None:
     start = 0
     for name, row, tokens in made.documents[:: max(1, len(made.documents) // 25)]:
@@ -91,6 +103,7 @@ def test_where_a_token_and_where_a_row(made: Made) -> None:
     assert last.sample == (made.samples - 1 if len(made.stream) % made.seq_len == 0 else None)
 
 
+@pytest.mark.usefixtures("opened_once")
 def test_show_gives_the_text(made: Made) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
     for sample in range(0, made.samples, 7):

@@ -60,7 +60,7 @@ def where_trainer(root: Path, trainer: str, position: str) -> Provenance:
         begin, end = begin + offset, begin + offset + 1
     if end > tokens:
         raise _nothing_there(trainer, position, f"the data set has {tokens} tokens")
-    return where_range(root, begin, end)
+    return where_range(found, begin, end)
 
 
 def _parsed(trainer: str, position: str) -> tuple[int, int | None]:

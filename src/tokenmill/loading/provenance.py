@@ -67,12 +67,11 @@ def where_sample(root: Path, sample: int) -> Provenance:
 
 def where_token(root: Path, token: int) -> Provenance:
     """Return where a token of the stream comes from; raises as `where_sample`."""
-    return where_range(root, token, token + 1)
+    return where_range(open_root(root), token, token + 1)
 
 
-def where_range(root: Path, begin: int, end: int) -> Provenance:
+def where_range(found: DataRoot | OpenView, begin: int, end: int) -> Provenance:
     """Return where tokens `begin` to before `end` of the stream come from; raises as `where_sample`."""
-    found = open_root(root)
     found.tokens().read(begin, end)  # raises for tokens after the end
     sample = begin // found.seq_len
     is_inside = (end - 1) // found.seq_len == sample < found.tokens().tokens // found.seq_len
