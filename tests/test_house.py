@@ -173,16 +173,19 @@ pretokenize(recipe, sys.argv[3], workers=2)
 
 
 def test_memory_does_not_grow_with_the_corpus_nor_the_shard(tmp_path: Path) -> None:
-    """Three times the text, all of it in one shard; held, its tokens alone would be 180 MB more.
+    """Three times the text, all of it in one shard; held, its tokens alone would be 240 MB more.
 
-    Even the smaller corpus is larger than the window and warms every cache.
+    Even the smaller corpus is larger than the window and warms every cache. Its words are of characters that are no
+    tokens, so that each of their bytes is one.
     """
+    rng = random.Random(1)
+    words = ["".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(3)) for _ in range(200)]
+    many = " ".join(rng.choices(words, k=50_000))
     peaks = []
     for files in (12, 36):
         corpus = tmp_path / f"corpus-{files}"
         for number in range(files):
-            rng = random.Random(number)
-            texts = [rng.randbytes(2500).hex() for _ in range(1000)]
+            texts = [many[at : at + 2000] for at in rng.sample(range(len(many) - 2000), 1000)]
             write_parquet(corpus / f"{number}.parquet", texts, row_group_size=200)
         arguments = [sys.executable, "-c", PEAK, str(corpus), str(TOKENIZER), str(tmp_path / f"out-{files}")]
         peaks.append(int(subprocess.run(arguments, capture_output=True, check=True, timeout=200).stdout))
