@@ -19,12 +19,12 @@ from tokenmill.remote.remote_file import RemoteFile
 
 READ_NBYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 
 def compression_of(name: str) -> str | None:
     """Return how a file is compressed, by its name."""
-    return next((kind for end, kind in _COMPRESSIONS.items() if name.lower().endswith(end)), None)
+    return _COMPRESSIONS.get(name.rpartition(".")[2].lower())
 
 
 @contextlib.contextmanager

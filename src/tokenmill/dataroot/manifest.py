@@ -30,6 +30,9 @@ Natural = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_COUNT)]
 UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 """What bytes that are no record of ours make the decoder raise."""
 
+_NINES = bytes(ord("9") if chr(byte).isdecimal() else 0 for byte in range(256))
+"""Makes every digit a nine, and all else no digit."""
+
 _ITEMSIZES: dict[layout.DTypeName, int] = {"uint8": 1, "uint16": 2, "uint32": 4}
 
 
@@ -398,8 +401,15 @@ def _refuse_large_integers(data: bytes) -> None:
     Raises:
         ValidationError: one does not.
     """
-    for number in re.findall(rb"(?<=[\s:,\[])-?\d{19,}(?=[\s,\]}])", data):
-        if len(number) > 20 or abs(int(number)) >= 1 << 63:
+    digits, end = data.translate(_NINES), 0  # to look for an expression takes thirty times as long
+    while (begin := digits.find(b"9" * 19, end)) >= 0:
+        run = re.compile(b"9+").match(digits, begin)
+        assert run is not None
+        end = run.end()
+        begin -= data[begin - 1 : begin] == b"-"
+        number = data[begin:end]
+        is_integer = data[begin - 1 : begin] in b" \t\r\n:,[" and data[end : end + 1] in b" \t\r\n,]}"
+        if is_integer and (len(number) > 20 or abs(int(number)) >= 1 << 63):
             raise msgspec.ValidationError(f"expected integers of 64 bits, found {number[:40].decode()}")
 
 

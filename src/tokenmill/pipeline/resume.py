@@ -30,7 +30,8 @@ _GREW = (
 def refuse_inside(root: Path, recipe: Recipe, corpus: Corpus) -> None:
     """The data root must not lie where the corpus is searched: its sidecars are parquet files too."""
     datasets = (recipe.dataset,) if isinstance(recipe.dataset, str) else recipe.dataset
-    opened = (corpus.location.open(file) for file in corpus.files)
+    one_of_each = {file.path.rpartition("/")[0]: file for file in corpus.files}.values()
+    opened = (corpus.location.open(file) for file in one_of_each)
     folders = {path.parent for path in opened if isinstance(path, Path)}  # few, however many files
     searched = [Path(dataset).resolve() for dataset in datasets if Path(dataset).is_dir()] if folders else []
     ours = root.resolve()
