@@ -5,6 +5,7 @@ The rules of `docs/format.md` are written here a second time, and hold for each 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import math
@@ -173,7 +174,7 @@ class ViewChecks:
             if schedule is None or not is_whole:
                 continue
             period = schedule.reshape(shape)[number]
-            drawn = _schedule([(name, names.index(name), share) for name, share in shares.items()])
+            drawn = _schedule(tuple((name, names.index(name), share) for name, share in shares.items()))
             wrong = np.flatnonzero((period != drawn).any(axis=0))
             if len(wrong):
                 at, places = f"{where}, place {wrong[0]}", (drawn[:, wrong[0]], period[:, wrong[0]])
@@ -386,7 +387,8 @@ class ViewChecks:
                 self._require(False, layout.VIEW_PLACES, entry, what, expected="yes", found="no")
 
 
-def _schedule(shares: list[tuple[str, int, int]]) -> NDArray[np.int64]:
+@functools.lru_cache(maxsize=16)
+def _schedule(shares: tuple[tuple[str, int, int], ...]) -> NDArray[np.int64]:
     """Return source and rank of each place of a period; of name, number and share of each source."""
     period = layout.SCHEDULE_PERIOD
     windows = sorted(

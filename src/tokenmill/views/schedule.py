@@ -8,6 +8,7 @@ result ("The Chairman Assignment Problem", 1980). `docs/format.md` states the ru
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Mapping
 from fractions import Fraction
@@ -45,17 +46,36 @@ def make_period(shares: Mapping[str, int]) -> tuple[NDArray[np.uint16], NDArray[
     Args:
         shares: of the sources, in the order in which they are numbered; they sum to `PERIOD`.
 
-    Both arrays have shape `(PERIOD,)`.
+    Both arrays have shape `(PERIOD,)`, and are not to be written to.
     """
-    released: list[list[tuple[int, str, int, int]]] = [[] for _ in range(PERIOD)]
-    for number, (name, share) in enumerate(shares.items()):
-        for rank in range(share):
-            due = -(-(rank + 1) * PERIOD // share) - 1
-            released[rank * PERIOD // share].append((due, name, number, rank))
-    sources, ranks = np.empty(PERIOD, np.uint16), np.empty(PERIOD, np.uint16)
-    waiting: list[tuple[int, str, int, int]] = []
-    for place in range(PERIOD):
-        for window in released[place]:
-            heapq.heappush(waiting, window)
-        _, _, sources[place], ranks[place] = heapq.heappop(waiting)
+    return _period_of(tuple(shares.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _period_of(shares: tuple[tuple[str, int], ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    by_name = sorted(range(len(shares)), key=lambda number: shares[number][0])
+    released, windows = [], []
+    for place_of_name, number in enumerate(by_name):
+        share = shares[number][1]
+        rank = np.arange(share)
+        released.append(rank * PERIOD // max(1, share))
+        due = -(-(rank + 1) * PERIOD // max(1, share)) - 1
+        windows.append(due * len(shares) + place_of_name)  # in the order in which they must come, ties by name
+    release, window = np.concatenate(released), np.concatenate(windows)
+    in_order = np.argsort(release, kind="stable")
+    coming = window[in_order].tolist()
+    waiting: list[int] = []
+    found: list[int] = []
+    begin = 0
+    for end in np.searchsorted(release[in_order], np.arange(PERIOD), side="right").tolist():
+        for each in coming[begin:end]:
+            heapq.heappush(waiting, each)
+        begin = end
+        found.append(heapq.heappop(waiting))
+    sources = np.array(by_name, np.uint16)[np.array(found) % len(shares)]
+    ranks = np.empty(PERIOD, np.uint16)
+    for number, (_, share) in enumerate(shares):
+        ranks[sources == number] = np.arange(share)
+    for array in (sources, ranks):
+        array.flags.writeable = False
     return sources, ranks
