@@ -409,19 +409,21 @@ class Encoder:
         if self.backend.name == HFBackend.name or len(chosen) == 0:
             return 0
         is_long = pc.binary_length(documents).to_numpy()[chosen] > AUDIT_MAX_NBYTES
-        whole = chosen[~is_long]
-        pairs = [(int(i), ids[offsets[i] : offsets[i + 1]]) for i in whole]
+        whole, long = chosen[~is_long], chosen[is_long]
         texts = documents.take(pa.array(whole, pa.int64()))
-        for i in chosen[is_long].tolist():
-            text = pa.array([_beginning(documents, i)], pa.large_string())
-            pairs.append((i, self.encode_documents(text, self._matches(text, self._special))[0]))
+        sizes = np.diff(offsets)[whole]
+        at = np.repeat(offsets[whole] - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+        found, counts = [ids[at]], sizes.tolist()
+        for row in long.tolist():
+            text = pa.array([_beginning(documents, row)], pa.large_string())
             texts = pa.concat_arrays([texts, text])
-        expected, bounds = self._reference.encode(texts)
-        for n, (i, found) in enumerate(pairs):
-            wanted = expected[bounds[n] : bounds[n + 1]]
-            if not np.array_equal(found, wanted):
-                raise _disagreement(name(i), self.backend, found, wanted, kind=AuditError)
-        return len(pairs)
+            found.append(self.encode_documents(text, self._matches(text, self._special))[0])
+            counts.append(len(found[-1]))
+        wrong = _first_difference(np.concatenate(found), np.cumsum([0, *counts]), *self._reference.encode(texts))
+        if wrong is not None:
+            row = int(np.concatenate([whole, long])[wrong.text])
+            raise _disagreement(name(row), self.backend, wrong, kind=AuditError)
+        return len(chosen)
 
     def _sample(self, documents: pa.LargeStringArray, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Choose documents, which are `rows` of their files, to audit: as many as the text seen so far allows."""
@@ -451,14 +453,11 @@ class Encoder:
             return
         texts = pa.array([*PROBE, *self._probe_wide()], pa.large_string())
         found, offsets = self.encode_documents(texts, self._matches(texts, self._special))
-        wanted, bounds = self._reference.encode(texts)
-        if np.array_equal(found, wanted) and np.array_equal(offsets, bounds):
-            _AGREED.add(self.backend)
-            return
-        for i, text in enumerate(texts.to_pylist()):
-            pair = found[offsets[i] : offsets[i + 1]], wanted[bounds[i] : bounds[i + 1]]
-            if not np.array_equal(*pair):
-                raise _disagreement(f"the probe {text!r:.60}", self.backend, *pair, kind=ProbeError)
+        wrong = _first_difference(found, offsets, *self._reference.encode(texts))
+        if wrong is not None:
+            text = texts[wrong.text].as_py()
+            raise _disagreement(f"the probe {text!r:.60}", self.backend, wrong, kind=ProbeError)
+        _AGREED.add(self.backend)
 
     def _probe_wide(self) -> list[str]:
         """Return strings that show what a backend does not honour: added tokens alone, in a word, apart, and twice."""
@@ -508,9 +507,31 @@ def _any_of(strings: list[str]) -> str | None:
     return "|".join(map(re.escape, strings)) if strings else None
 
 
-def _disagreement(
-    where: str, backend: Backend, found: NDArray[np.uint32], wanted: NDArray[np.uint32], *, kind: type[AuditError]
-) -> AuditError:
+class _Difference(NamedTuple):
+    """Ids that two backends give for one text."""
+
+    text: int
+    """Its position."""
+    found: NDArray[np.uint32]
+    expected: NDArray[np.uint32]
+
+
+def _first_difference(
+    found: NDArray[np.uint32],
+    found_offsets: NDArray[np.int64],
+    expected: NDArray[np.uint32],
+    expected_offsets: NDArray[np.int64],
+) -> _Difference | None:
+    """Return the first text for which two backends give other ids; None if there is none."""
+    if np.array_equal(found_offsets, expected_offsets) and np.array_equal(found, expected):
+        return None
+    of_each = (np.split(ids, bounds[1:-1]) for ids, bounds in ((found, found_offsets), (expected, expected_offsets)))
+    differences = (_Difference(text, *pair) for text, pair in enumerate(zip(*of_each, strict=True)))
+    return next(each for each in differences if not np.array_equal(each.found, each.expected))
+
+
+def _disagreement(where: str, backend: Backend, wrong: _Difference, *, kind: type[AuditError]) -> AuditError:
+    _, found, wanted = wrong
     shared = min(len(found), len(wanted))
     differs = np.flatnonzero(found[:shared] != wanted[:shared])
     at = int(differs[0]) if len(differs) else shared
