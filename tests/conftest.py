@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from hypothesis import HealthCheck, settings
 
 from support import forkserver
 from tokenmill.cli.demo import TOKENIZER
+from tokenmill.interchange import position
+from tokenmill.loading import provenance
+from tokenmill.loading.data_root import DataRoot
+from tokenmill.loading.view import OpenView
 from tokenmill.options import available_cores
 from tokenmill.recipe import Recipe
 
@@ -71,6 +77,29 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits longest begins first, so that files side by side end together."""
     items.sort(key=lambda item: item.path.stem != "test_transfer_faults")
+
+
+@pytest.fixture
+def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of questions about one data root open it once, with its tokens, its documents, and its tokenizer."""
+
+    def once(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        kept: dict[Path, Any] = {}
+
+        def opened(found: Any) -> Any:
+            if found.root not in kept:
+                kept[found.root] = original(found)
+            return kept[found.root]
+
+        return opened
+
+    open_root = functools.cache(provenance.open_root)
+    for module in (provenance, position):
+        monkeypatch.setattr(module, "open_root", open_root)
+    monkeypatch.setattr(provenance, "open_backend", once(provenance.open_backend))
+    for kind in (DataRoot, OpenView):
+        for name in ("tokens", "documents"):
+            monkeypatch.setattr(kind, name, once(getattr(kind, name)))
 
 
 def shared(path: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import gzip
 import hashlib
 import itertools
@@ -306,6 +305,7 @@ def test_killed_at_any_step_it_goes_on(roots: dict[str, Path], tmp_path: Path, t
             return
 
 
+@pytest.mark.usefixtures("opened_once")
 @pytest.mark.parametrize("name", ["joined", "cut", "view"])
 @pytest.mark.parametrize("to", FORMAT_NAMES)
 def test_a_position_of_a_trainer_leads_back_to_file_and_row(
@@ -314,7 +314,6 @@ def test_a_position_of_a_trainer_leads_back_to_file_and_row(
     """Every document, and many samples, windows and tokens: what the trainer has there is of the documents named."""
     for module in (llmc, position):
         monkeypatch.setattr(module, "FILE_TOKENS", 300)
-    monkeypatch.setattr(position, "open_root", functools.cache(open_root))  # for hundreds of questions
     export(roots[name], tmp_path / "out", to)
     found, length = READERS[to](tmp_path / "out", "train"), open_root(roots[name]).seq_len
     whole = expected(roots[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import tempfile
@@ -56,15 +55,6 @@ def made(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> Made:
     write_parquet(corpus / "long.parquet", ["one document over several shards " * 300, "short"])
     recipe = Recipe(dataset=str(corpus), tokenizer=str(TOKENIZER), buffer_size=40, shard_size=1_000, seed=3, seq_len=64)
     return Made(tmp_path / "out", recipe, request.param)
-
-
-@pytest.fixture
-def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of questions about one data root open it once, and its tokenizer."""
-    open_root, open_backend = functools.cache(provenance.open_root), provenance.open_backend
-    monkeypatch.setattr(provenance, "open_root", open_root)
-    opened = functools.cache(lambda root: open_backend(open_root(root)))
-    monkeypatch.setattr(provenance, "open_backend", lambda found: opened(found.root))
 
 
 @pytest.mark.usefixtures("opened_once")

@@ -341,6 +341,7 @@ def test_nothing_repeats_before_its_epoch_is_over(roots: dict[str, Path], tmp_pa
         assert mine[:count] != mine[count : 2 * count]
 
 
+@pytest.mark.usefixtures("opened_once")
 @pytest.mark.parametrize("policy", ["concat", "best-fit"])
 @pytest.mark.parametrize("shuffle", ["documents", "samples", "none"])
 @pytest.mark.parametrize("mixed", [False, True])

@@ -72,9 +72,10 @@ def where_token(root: Path, token: int) -> Provenance:
 
 def where_range(found: DataRoot | OpenView, begin: int, end: int) -> Provenance:
     """Return where tokens `begin` to before `end` of the stream come from; raises as `where_sample`."""
-    found.tokens().read(begin, end)  # raises for tokens after the end
+    stream = found.tokens()
+    stream.read(begin, end)  # raises for tokens after the end
     sample = begin // found.seq_len
-    is_inside = (end - 1) // found.seq_len == sample < found.tokens().tokens // found.seq_len
+    is_inside = (end - 1) // found.seq_len == sample < stream.tokens // found.seq_len
     number, name = (sample, _id_of(found, sample)) if is_inside else (None, None)
     return Provenance(number, name, begin, end, _document_slices(found, begin, end))
 
