@@ -114,7 +114,7 @@ class EmittedRows(NamedTuple):
         # A slice of each row would cost more than its tokens: an index for each token, batch by batch.
         index = np.repeat(start - (np.cumsum(length) - length), length)
         index += np.arange(tokens)
-        if len(used := np.unique(batch)) == 1:
+        if len(used := np.flatnonzero(np.bincount(batch))) == 1:
             return cast(TokenArray, batches[used[0]].take(index))
         gathered = np.empty(tokens, batches[used[0]].dtype)
         of_batch = np.repeat(batch, length)
