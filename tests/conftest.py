@@ -182,7 +182,7 @@ def command(*arguments: object, script: Path | None = None) -> list[str]:
 def run_cli(
     *arguments: object, script: Path | None = None, from_scratch: bool = False, **options: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does; `from_scratch` forks it from no process that has loaded everything."""
+    """Run the command line as a user does; `from_scratch` starts Python for it, and forks no process (`forkserver`)."""
     environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     if from_scratch:
         environment["PYTHONNOUSERSITE"] = "1"  # read when Python starts (`support.forkserver`)

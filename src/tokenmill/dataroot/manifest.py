@@ -401,11 +401,9 @@ def _refuse_large_integers(data: bytes) -> None:
     Raises:
         ValidationError: one does not.
     """
-    digits, end = data.translate(_NINES), 0  # to look for an expression takes thirty times as long
-    while (begin := digits.find(b"9" * 19, end)) >= 0:
-        run = re.compile(b"9+").match(digits, begin)
-        assert run is not None
-        end = run.end()
+    # As an expression that begins with so many of one byte is found ten times faster than one of digits.
+    for run in re.finditer(b"9" * 19 + b"9*", data.translate(_NINES)):
+        begin, end = run.span()
         begin -= data[begin - 1 : begin] == b"-"
         number = data[begin:end]
         is_integer = data[begin - 1 : begin] in b" \t\r\n:,[" and data[end : end + 1] in b" \t\r\n,]}"

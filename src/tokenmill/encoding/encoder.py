@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenmill.corpus.reader import Texts, concatenate
 from tokenmill.dataroot.layout import smallest_dtype
 from tokenmill.dataroot.npy import TokenArray, token_dtype
-from tokenmill.encoding.framing import Fim, take_apart
+from tokenmill.encoding.framing import Fim, join_ids, take_apart
 from tokenmill.encoding.hf import CannotEncodeError, HFBackend, refuse_fatal
 from tokenmill.encoding.long_documents import LONG_NBYTES, Cut, cut_document
 from tokenmill.encoding.text_hash import text_hashes
@@ -390,9 +390,7 @@ class Encoder:
         routed_ids, routed_offsets = self._reference.encode(documents.take(pa.array(routed)))
         for n, i in enumerate(routed):
             pieces[i] = routed_ids[routed_offsets[n] : routed_offsets[n + 1]]
-        new_offsets = np.zeros_like(offsets)
-        np.cumsum([len(piece) for piece in pieces], out=new_offsets[1:])
-        return np.concatenate(pieces), new_offsets
+        return join_ids(pieces)
 
     def _audit(
         self,
@@ -411,15 +409,12 @@ class Encoder:
         is_long = pc.binary_length(documents).to_numpy()[chosen] > AUDIT_MAX_NBYTES
         whole, long = chosen[~is_long], chosen[is_long]
         texts = documents.take(pa.array(whole, pa.int64()))
-        sizes = np.diff(offsets)[whole]
-        at = np.repeat(offsets[whole] - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
-        found, counts = [ids[at]], sizes.tolist()
+        found = [ids[offsets[row] : offsets[row + 1]] for row in whole.tolist()]
         for row in long.tolist():
             text = pa.array([_beginning(documents, row)], pa.large_string())
             texts = pa.concat_arrays([texts, text])
             found.append(self.encode_documents(text, self._matches(text, self._special))[0])
-            counts.append(len(found[-1]))
-        wrong = _first_difference(np.concatenate(found), np.cumsum([0, *counts]), *self._reference.encode(texts))
+        wrong = _first_difference(*join_ids(found), *self._reference.encode(texts))
         if wrong is not None:
             row = int(np.concatenate([whole, long])[wrong.text])
             raise _disagreement(name(row), self.backend, wrong, kind=AuditError)

@@ -9,13 +9,13 @@ the seed alone. `docs/format.md` states the rule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tokenmill.encoding.splitmix import GOLDEN, mix64
 
@@ -94,6 +94,14 @@ class Pieces(NamedTuple):
         tokens[last], is_text[last] = eos_id, False
         tokens[is_text] = ids
         return tokens, np.diff(np.concatenate([[0], ends[is_last]]))
+
+
+def join_ids(pieces: Iterable[ArrayLike]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Return the ids of all pieces one after the other, and where each begins: shapes `(tokens,)`, `(pieces + 1,)`."""
+    arrays = [np.asarray(piece, np.uint32) for piece in pieces]
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return np.concatenate([np.empty(0, np.uint32), *arrays]), offsets
 
 
 def take_apart(

@@ -25,6 +25,7 @@ import pyarrow as pa
 from gigatoken.gigatoken_rs import BPETokenizer
 from numpy.typing import NDArray
 
+from tokenmill.encoding.framing import join_ids
 from tokenmill.encoding.long_documents import Cut
 from tokenmill.encoding.tokenizer import AddedToken, TokenizerFile
 from tokenmill.errors import TokenizerError
@@ -85,7 +86,7 @@ class GigatokenBackend:
             if one_by_one or self._cache_grows:
                 self._bound_cache(texts.nbytes)
             if one_by_one:
-                return _joined([self._backend.encode(text) for text in texts.to_pylist()])
+                return join_ids(map(self._backend.encode, texts.to_pylist()))
             self._batches += 1
             backend = self._backend
         try:
@@ -100,12 +101,6 @@ class GigatokenBackend:
         if self._cached_nbytes > CACHE_TEXT_NBYTES:
             self._backend = gigatoken.Tokenizer.from_json(self._json).backend
             self._cached_nbytes = 0
-
-
-def _joined(pieces: list[NDArray[np.uint32]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    offsets = np.zeros(len(pieces) + 1, np.int64)
-    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-    return np.concatenate([np.empty(0, np.uint32), *pieces]), offsets
 
 
 def _cut_of(fields: dict[str, Any], added: Sequence[AddedToken]) -> Cut | None:

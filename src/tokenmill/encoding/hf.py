@@ -17,6 +17,7 @@ import pyarrow as pa
 import tokenizers
 from numpy.typing import NDArray
 
+from tokenmill.encoding.framing import join_ids
 from tokenmill.encoding.long_documents import Cut
 from tokenmill.encoding.tokenizer import AddedToken, TokenizerFile
 from tokenmill.errors import TokenizerError
@@ -125,12 +126,7 @@ class HFBackend:
             if not _is_of_the_library(error):
                 raise
             raise self._first_failing(values, error) from None
-        offsets = np.zeros(len(encodings) + 1, np.int64)
-        np.cumsum([len(e) for e in encodings], out=offsets[1:])
-        ids = np.empty(offsets[-1], np.uint32)
-        for i, encoding in enumerate(encodings):
-            ids[offsets[i] : offsets[i + 1]] = encoding.ids
-        return ids, offsets
+        return join_ids(encoding.ids for encoding in encodings)
 
     def _first_failing(self, values: list[str], error: BaseException) -> CannotEncodeError:
         for row, value in enumerate(values):

@@ -58,8 +58,8 @@ def _period_of(shares: tuple[tuple[str, int], ...]) -> tuple[NDArray[np.uint16],
     for place_of_name, number in enumerate(by_name):
         share = shares[number][1]
         rank = np.arange(share)
-        released.append(rank * PERIOD // max(1, share))
-        due = -(-(rank + 1) * PERIOD // max(1, share)) - 1
+        released.append(rank * PERIOD // share)
+        due = -(-(rank + 1) * PERIOD // share) - 1
         windows.append(due * len(shares) + place_of_name)  # in the order in which they must come, ties by name
     release, window = np.concatenate(released), np.concatenate(windows)
     in_order = np.argsort(release, kind="stable")
